@@ -1,0 +1,27 @@
+//! Sizes and bounds of what travels.
+
+/// Raw bytes of a chunk unless asked otherwise: large enough that per-chunk costs vanish, small
+/// enough that a message stays well under gRPC's customary 4 MiB.
+pub const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Most raw bytes that a chunk may hold. With its headers a message stays under 4 MiB.
+pub const CHUNK_BYTES_MAX: u64 = 2 << 20;
+
+/// Fewest raw bytes of a chunk that a caller may ask for.
+pub const CHUNK_BYTES_MIN: u64 = 64 << 10;
+
+/// Most extents in one chunk: bounds what a recipient holds for one message.
+pub const EXTENTS_MAX: usize = 8192;
+
+/// Most ranges in one ReadRanges call: at 30 bytes each the request stays under 256 KiB.
+pub const RANGES_MAX: usize = 8192;
+
+/// Payload bytes after which a ReadRanges call ends unless asked otherwise, so that drains and
+/// proxies with connection limits are no failure.
+pub const CALL_BYTES_MAX: u64 = 1 << 30;
+
+/// Largest message that either side accepts, headers included.
+pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of entries in one ListFiles message.
+pub const LIST_MESSAGE_BYTES: usize = 256 << 10;

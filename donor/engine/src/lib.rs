@@ -1,0 +1,119 @@
+//! Snapshot engines: how a data directory becomes lists of files and ranges of bytes.
+//!
+//! An engine is one file and one arm where it is chosen. The donor serves a snapshot over the
+//! network; the recipient links the same engines for CLONE LOCAL.
+//!
+//! Everything here blocks: callers run it on threads of their own.
+
+use std::{collections::BTreeMap, fmt, fs::File, path::PathBuf, time::Duration};
+
+use marcot_common::{
+    entry::{Entry, FileId, Totals},
+    failure::Failure,
+    position::Position,
+};
+use marcot_proto::common::v1::{ConsistencyLevel, Coordinates};
+
+/// Makes snapshots of one data directory.
+pub trait Engine: fmt::Debug + Send + Sync {
+    /// The engine's name, as `--engine` takes it.
+    fn name(&self) -> &'static str;
+
+    /// The data directory, resolved.
+    fn data_directory(&self) -> &std::path::Path;
+
+    /// Takes a snapshot: from here until the snapshot is dropped, what it lists can be read.
+    fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure>;
+}
+
+/// What the caller asks of a snapshot.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotOptions {
+    /// Block DDL on the server for the whole clone.
+    pub block_ddl: bool,
+    /// Longest wait for the backup lock.
+    pub ddl_timeout: Option<Duration>,
+}
+
+/// A frozen view of a data directory, at a stage and round. Dropping it frees all that it holds.
+pub trait Snapshot: fmt::Debug + Send + Sync {
+    /// The stage and round that `list` reaches up to.
+    fn position(&self) -> Position;
+
+    /// Counts of one list.
+    fn totals(&self, at: Position) -> Result<Totals, Failure>;
+
+    /// Entries left out, by reason.
+    fn left_out(&self) -> BTreeMap<String, u64>;
+
+    /// Entries of a list from a number on, in ascending path order.
+    fn list(&self, at: Position, start: u64) -> Result<EntryIterator, Failure>;
+
+    /// Opens a listed regular file for reading. `FILE_VANISHED` and `FILE_CHANGED` concern this
+    /// file alone: the next round lists it again.
+    fn open_file(&self, at: Position, file: FileId) -> Result<Box<dyn FileReader>, Failure>;
+
+    /// Moves on from `from`, every byte of which is durable on the recipient. Idempotent.
+    /// Calls `progress` with the count of entries looked at, several times a second; an error from
+    /// it stops the work.
+    fn advance(
+        &self,
+        from: Position,
+        progress: &mut dyn FnMut(u64) -> Result<(), Failure>,
+    ) -> Result<Advanced, Failure>;
+}
+
+/// Entries of a list, in order.
+pub type EntryIterator = Box<dyn Iterator<Item = Result<Entry, Failure>> + Send>;
+
+/// Where a snapshot has moved on to.
+#[derive(Debug, Clone)]
+pub struct Advanced {
+    /// The next stage and round.
+    pub position: Position,
+    /// What its list holds; at the end what the whole tree holds.
+    pub totals: Totals,
+    /// At the end: what the copy is consistent with.
+    pub consistency_level: ConsistencyLevel,
+    /// At the end: where it stands in its database's history.
+    pub coordinates: Option<Coordinates>,
+}
+
+/// A part of a file that is all data or all hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First byte after it.
+    pub end: u64,
+    /// Whether it reads as zero and is not allocated.
+    pub hole: bool,
+}
+
+/// Reads one listed file through a descriptor bound to what was listed.
+pub trait FileReader: fmt::Debug + Send {
+    /// Size that may be read: the listed one, or the present one of a growing file.
+    fn size(&self) -> u64;
+
+    /// The span that begins at `offset`, cut at `end`; `offset < end <= size()`.
+    fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure>;
+
+    /// Fills `buffer` from `offset` on.
+    fn read_exact_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), Failure>;
+
+    /// Says whether the file is still the one that was listed; call it after the last read.
+    fn check_unchanged(&mut self) -> Result<(), Failure>;
+
+    /// The file itself, where its bytes may be copied by the file system (reflink,
+    /// copy_file_range) without a look at them.
+    fn file(&self) -> Option<&File>;
+}
+
+/// How an engine is chosen and configured.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Engine name: `files`.
+    pub engine: String,
+    /// The data directory.
+    pub data_directory: PathBuf,
+    /// Where lists and other temporary files go; they have no names and vanish with the process.
+    pub spool_directory: PathBuf,
+}
