@@ -17,8 +17,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("marcot.binpb"), descriptors.encode_to_vec())?;
     // Payloads, paths and digests are `Bytes`: decoding a message must not copy them.
-    tonic_prost_build::configure()
-        .bytes(".")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
     Ok(())
 }

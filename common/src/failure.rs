@@ -90,11 +90,7 @@ impl Failure {
             Some(libc::EMFILE | libc::ENFILE) => (Code::ResourceExhausted, "TOO_MANY_OPEN_FILES"),
             _ => (Code::Internal, "IO_ERROR"),
         };
-        Self::new(
-            code,
-            reason,
-            format!("{action} {}: {error}", path.display()),
-        )
+        Self::new(code, reason, format!("{action} {}: {error}", path.display()))
     }
 
     /// A state that this program's own logic excludes.
@@ -109,10 +105,7 @@ impl Failure {
         Self::new(
             Code::Unimplemented,
             "NOT_AVAILABLE",
-            format!(
-                "{what} is not available in version {}",
-                env!("CARGO_PKG_VERSION")
-            ),
+            format!("{what} is not available in version {}", env!("CARGO_PKG_VERSION")),
         )
     }
 
@@ -148,8 +141,7 @@ impl Failure {
     #[must_use]
     pub fn from_donor(mut self) -> Self {
         if let Some(inner) = self.mysql_error.filter(|&n| n != 3862 && n != 3863) {
-            self.metadata
-                .insert("donor_mysql_error".to_owned(), inner.to_string());
+            self.metadata.insert("donor_mysql_error".to_owned(), inner.to_string());
         }
         self.message = format!("donor: {}", self.message);
         self.mysql_error = Some(3862);
@@ -173,13 +165,7 @@ impl Failure {
             }),
         };
         let mut metadata: BTreeMap<String, String> = ours
-            .map(|info| {
-                info.metadata
-                    .iter()
-                    .take(32)
-                    .map(|(k, v)| (clip(k), clip(v)))
-                    .collect()
-            })
+            .map(|info| info.metadata.iter().take(32).map(|(k, v)| (clip(k), clip(v))).collect())
             .unwrap_or_default();
         let mysql_error = metadata.remove("mysql_error").and_then(|n| n.parse().ok());
         let retry_after = details.retry_info().and_then(|retry| retry.retry_delay);
@@ -244,16 +230,27 @@ impl Failure {
             reason: Cow::Owned(clip(&failure.reason)),
             message: clip(&failure.message),
             mysql_error: Some(failure.error_number).filter(|&n| n != 0),
-            metadata: failure
-                .metadata
-                .iter()
-                .take(32)
-                .map(|(k, v)| (clip(k), clip(v)))
-                .collect(),
+            metadata: failure.metadata.iter().take(32).map(|(k, v)| (clip(k), clip(v))).collect(),
             retry_after: None,
             violations: Vec::new(),
         }
     }
+}
+
+/// An error's text with those of its sources: transport errors say little by themselves.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        source = error.source();
+    }
+    text
 }
 
 /// Cuts a peer's text to a bound and takes control characters out: it ends in logs and terminals.
@@ -262,10 +259,7 @@ fn clip(text: &str) -> String {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text[..end]
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 impl fmt::Display for Failure {

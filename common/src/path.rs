@@ -153,24 +153,15 @@ mod tests {
         ] {
             assert_eq!(RelativePath::new(bytes), Err(error), "{bytes:?}");
         }
-        assert_eq!(
-            RelativePath::new(&[b'a'; 256]),
-            Err(PathError::NameTooLong(256))
-        );
-        let long = vec![b"abcdefg"; 600].join(&b'/');
-        assert_eq!(
-            RelativePath::new(&long),
-            Err(PathError::TooLong(long.len()))
-        );
+        assert_eq!(RelativePath::new(&[b'a'; 256]), Err(PathError::NameTooLong(256)));
+        let long = [b"abcdefg".as_slice(); 600].join(&b'/');
+        assert_eq!(RelativePath::new(&long), Err(PathError::TooLong(long.len())));
     }
 
     #[test]
     fn a_directory_and_its_content_come_before_its_next_sibling() {
         let mut paths = ["a-b", "a/z", "a", "a.b", "a/b/c", "a/b", "b"].map(path);
         paths.sort();
-        assert_eq!(
-            paths,
-            ["a", "a/b", "a/b/c", "a/z", "a-b", "a.b", "b"].map(path)
-        );
+        assert_eq!(paths, ["a", "a/b", "a/b/c", "a/z", "a-b", "a.b", "b"].map(path));
     }
 }

@@ -66,10 +66,7 @@ pub struct Position {
 
 impl Position {
     /// Where every snapshot begins.
-    pub const FIRST: Self = Self {
-        stage: Stage::FileCopy,
-        round: 1,
-    };
+    pub const FIRST: Self = Self { stage: Stage::FileCopy, round: 1 };
 }
 
 impl fmt::Display for Position {

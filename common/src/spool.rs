@@ -45,13 +45,13 @@ impl SpoolWriter {
 
     /// Appends a record and returns its number, from 0.
     pub fn append(&mut self, record: &[u8]) -> io::Result<u64> {
-        let length = u32::try_from(record.len())
-            .ok()
-            .filter(|&n| n as usize <= RECORD_BYTES_MAX)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "record too long"))?;
+        let length =
+            u32::try_from(record.len())
+                .ok()
+                .filter(|&n| n as usize <= RECORD_BYTES_MAX)
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "record too long"))?;
         self.records.write_all(&length.to_le_bytes())?;
-        self.records
-            .write_all(&crc32c::crc32c(record).to_le_bytes())?;
+        self.records.write_all(&crc32c::crc32c(record).to_le_bytes())?;
         self.records.write_all(record)?;
         self.index.write_all(&self.offset.to_le_bytes())?;
         self.offset += (HEADER_BYTES + record.len()) as u64;
@@ -61,19 +61,9 @@ impl SpoolWriter {
 
     /// Ends the list.
     pub fn finish(self) -> io::Result<Spool> {
-        let records = self
-            .records
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
-        let index = self
-            .index
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
-        Ok(Spool {
-            records: Arc::new(records),
-            index: Arc::new(index),
-            count: self.count,
-        })
+        let records = self.records.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let index = self.index.into_inner().map_err(io::IntoInnerError::into_error)?;
+        Ok(Spool { records: Arc::new(records), index: Arc::new(index), count: self.count })
     }
 }
 
@@ -100,24 +90,14 @@ impl Spool {
 
     /// Reads one record.
     pub fn get(&self, number: u64) -> io::Result<Vec<u8>> {
-        let mut cursor = Cursor {
-            file: &self.records,
-            offset: self.offset_of(number)?,
-        };
+        let mut cursor = Cursor { file: &self.records, offset: self.offset_of(number)? };
         read_record(&mut cursor)
     }
 
     /// Reads records from `number` on, in order.
     pub fn read_from(&self, number: u64) -> io::Result<SpoolReader> {
-        let offset = if number >= self.count {
-            0
-        } else {
-            self.offset_of(number)?
-        };
-        let shared = SharedCursor {
-            file: Arc::clone(&self.records),
-            offset,
-        };
+        let offset = if number >= self.count { 0 } else { self.offset_of(number)? };
+        let shared = SharedCursor { file: Arc::clone(&self.records), offset };
         Ok(SpoolReader {
             source: BufReader::with_capacity(64 << 10, shared),
             left: self.count.saturating_sub(number),
@@ -126,10 +106,7 @@ impl Spool {
 
     fn offset_of(&self, number: u64) -> io::Result<u64> {
         if number >= self.count {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "no such record",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such record"));
         }
         let mut bytes = [0; 8];
         self.index.read_exact_at(&mut bytes, number * INDEX_BYTES)?;
@@ -167,10 +144,7 @@ fn read_record(source: &mut impl io::Read) -> io::Result<Vec<u8>> {
     let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
     let expected = u32::from_le_bytes([c0, c1, c2, c3]);
     if length > RECORD_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "spool record has a bad length",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "spool record has a bad length"));
     }
     let mut record = vec![0; length];
     source.read_exact(&mut record)?;
@@ -216,11 +190,7 @@ fn unnamed_file(directory: &Path) -> io::Result<File> {
         Ok(fd) => Ok(File::from(fd)),
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
             let path = directory.join(format!(".marcot-spool-{}", uuid::Uuid::new_v4()));
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .open(&path)?;
+            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
             std::fs::remove_file(&path)?;
             Ok(file)
         }
@@ -246,11 +216,7 @@ mod tests {
         assert_eq!(tail, [997u32, 998, 999].map(|n| n.to_le_bytes().to_vec()));
         assert!(spool.get(1000).is_err());
         assert_eq!(spool.read_from(1000).unwrap().count(), 0);
-        assert_eq!(
-            std::fs::read_dir(directory.path()).unwrap().count(),
-            0,
-            "no names are left"
-        );
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "no names are left");
     }
 
     /// Guards the record's CRC-32C: without the comparison this test fails.
@@ -260,10 +226,7 @@ mod tests {
         let mut writer = SpoolWriter::create(directory.path()).unwrap();
         writer.append(b"record").unwrap();
         let spool = writer.finish().unwrap();
-        spool
-            .records
-            .write_all_at(b"R", HEADER_BYTES as u64)
-            .unwrap();
+        spool.records.write_all_at(b"R", HEADER_BYTES as u64).unwrap();
         assert_eq!(spool.get(0).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -26,10 +26,7 @@ pub fn position(stage: i32, round: u32) -> Result<Position, Failure> {
         ));
     };
     if round == 0 {
-        return Err(Failure::invalid(
-            "BAD_STAGE",
-            "round 0: rounds count from 1",
-        ));
+        return Err(Failure::invalid("BAD_STAGE", "round 0: rounds count from 1"));
     }
     Ok(Position { stage, round })
 }
@@ -58,33 +55,49 @@ pub fn entry(message: pb::FileEntry) -> Result<Entry, Failure> {
             if i64::try_from(message.size_bytes).is_err() {
                 return Err(bad(format!("{path} has size {}", message.size_bytes)));
             }
-            Some(Kind::Regular {
-                size: message.size_bytes,
-                allocated: message.allocated_bytes,
-            })
+            Some(Kind::Regular { size: message.size_bytes, allocated: message.allocated_bytes })
         }
         Ok(pb::FileType::Directory) => Some(Kind::Directory),
         Ok(pb::FileType::Symlink) => {
             check_link_target(&path, &message.link_target).map_err(|e| bad(e.to_string()))?;
-            Some(Kind::Symlink {
-                target: message.link_target[..].into(),
-            })
+            Some(Kind::Symlink { target: message.link_target[..].into() })
         }
         Ok(pb::FileType::HardLink) => {
             if message.link_file_id == 0 {
                 return Err(bad(format!("hard link {path} names no file")));
             }
-            Some(Kind::HardLink {
-                file_id: FileId(message.link_file_id),
-            })
+            Some(Kind::HardLink { file_id: FileId(message.link_file_id) })
         }
         _ => return Err(bad(format!("{path} has unknown type {}", message.r#type))),
     };
+    let attributes = attributes(pb::Attributes {
+        mode: message.mode,
+        modify_time: message.modify_time,
+        uid: message.uid,
+        gid: message.gid,
+        extended_attributes: message.extended_attributes,
+    })
+    .map_err(|why| {
+        Failure::peer_misbehaved(format!("entry {} of the list: {path} {why}", message.number))
+    })?;
+    Ok(Entry {
+        number: message.number,
+        file_id: FileId(message.file_id),
+        change,
+        path,
+        kind,
+        attributes,
+        growing: message.growing,
+    })
+}
+
+/// Reads attributes; an error ends a sentence that begins with whose they are.
+pub fn attributes(message: pb::Attributes) -> Result<Attributes, String> {
     let modify_time = message.modify_time.unwrap_or_default();
     let nanos = u32::try_from(modify_time.nanos)
         .ok()
         .filter(|&n| n < 1_000_000_000)
-        .ok_or_else(|| bad(format!("{path} has {} nanoseconds", modify_time.nanos)))?;
+        .ok_or_else(|| format!("has {} nanoseconds", modify_time.nanos))?;
     let mut extended = Vec::with_capacity(message.extended_attributes.len().min(64));
     let mut extended_bytes = 0;
     for attribute in &message.extended_attributes {
@@ -94,38 +107,49 @@ pub fn entry(message: pb::FileEntry) -> Result<Entry, Failure> {
             || attribute.name.contains(&0)
             || extended_bytes > EXTENDED_ATTRIBUTE_BYTES_MAX
         {
-            return Err(bad(format!(
-                "{path} has a bad or too large extended attribute"
-            )));
+            return Err("has a bad or too large extended attribute".to_owned());
         }
         if !extended_attribute_travels(&attribute.name) {
-            return Err(bad(format!(
-                "{path} carries `{}`, which never travels",
-                clip(&attribute.name)
-            )));
+            return Err(format!("carries `{}`, which never travels", clip(&attribute.name)));
         }
         extended.push((attribute.name[..].into(), attribute.value[..].into()));
     }
-    Ok(Entry {
-        number: message.number,
-        file_id: FileId(message.file_id),
-        change,
-        path,
-        kind,
-        attributes: Attributes {
-            mode: message.mode & MODE_MASK,
-            modify_time: (modify_time.seconds, nanos),
-            uid: message.uid,
-            gid: message.gid,
-            extended,
-        },
-        growing: message.growing,
+    Ok(Attributes {
+        mode: message.mode & MODE_MASK,
+        modify_time: (modify_time.seconds, nanos),
+        uid: message.uid,
+        gid: message.gid,
+        extended,
     })
+}
+
+/// Writes attributes.
+#[must_use]
+pub fn attributes_to_wire(attributes: &Attributes) -> pb::Attributes {
+    let (seconds, nanos) = attributes.modify_time;
+    pb::Attributes {
+        mode: attributes.mode,
+        modify_time: Some(prost_types::Timestamp {
+            seconds,
+            nanos: i32::try_from(nanos).unwrap_or(0),
+        }),
+        uid: attributes.uid,
+        gid: attributes.gid,
+        extended_attributes: attributes
+            .extended
+            .iter()
+            .map(|(name, value)| pb::ExtendedAttribute {
+                name: Bytes::copy_from_slice(name),
+                value: Bytes::copy_from_slice(value),
+            })
+            .collect(),
+    }
 }
 
 /// Writes an entry.
 #[must_use]
 pub fn entry_to_wire(entry: &Entry) -> pb::FileEntry {
+    let attributes = attributes_to_wire(&entry.attributes);
     let mut message = pb::FileEntry {
         number: entry.number,
         file_id: entry.file_id.0,
@@ -138,29 +162,17 @@ pub fn entry_to_wire(entry: &Entry) -> pb::FileEntry {
         }
         .into(),
         path: Bytes::copy_from_slice(entry.path.as_bytes()),
-        mode: entry.attributes.mode,
-        uid: entry.attributes.uid,
-        gid: entry.attributes.gid,
-        extended_attributes: entry
-            .attributes
-            .extended
-            .iter()
-            .map(|(name, value)| pb::ExtendedAttribute {
-                name: Bytes::copy_from_slice(name),
-                value: Bytes::copy_from_slice(value),
-            })
-            .collect(),
+        mode: attributes.mode,
+        uid: attributes.uid,
+        gid: attributes.gid,
+        extended_attributes: attributes.extended_attributes,
         growing: entry.growing,
         ..pb::FileEntry::default()
     };
     let Some(kind) = &entry.kind else {
         return message;
     };
-    let (seconds, nanos) = entry.attributes.modify_time;
-    message.modify_time = Some(prost_types::Timestamp {
-        seconds,
-        nanos: i32::try_from(nanos).unwrap_or(0),
-    });
+    message.modify_time = attributes.modify_time;
     match kind {
         Kind::Regular { size, allocated } => {
             message.r#type = pb::FileType::Regular.into();
@@ -242,10 +254,7 @@ pub fn check_link_target(path: &RelativePath, target: &[u8]) -> Result<(), LinkE
 #[must_use]
 pub fn extended_attribute_travels(name: &[u8]) -> bool {
     name.starts_with(b"user.")
-        || matches!(
-            name,
-            b"system.posix_acl_access" | b"system.posix_acl_default"
-        )
+        || matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default")
 }
 
 fn clip(bytes: &[u8]) -> String {
@@ -266,10 +275,7 @@ mod tests {
             size_bytes: 10,
             allocated_bytes: 4096,
             mode: 0o640,
-            modify_time: Some(prost_types::Timestamp {
-                seconds: 5,
-                nanos: 6,
-            }),
+            modify_time: Some(prost_types::Timestamp { seconds: 5, nanos: 6 }),
             ..Default::default()
         }
     }
@@ -283,12 +289,8 @@ mod tests {
     #[test]
     fn hostile_entries_are_refused() {
         let cases: [(&str, fn(&mut pb::FileEntry)); 9] = [
-            ("climbing path", |m| {
-                m.path = Bytes::from_static(b"../etc/passwd")
-            }),
-            ("absolute path", |m| {
-                m.path = Bytes::from_static(b"/etc/passwd")
-            }),
+            ("climbing path", |m| m.path = Bytes::from_static(b"../etc/passwd")),
+            ("absolute path", |m| m.path = Bytes::from_static(b"/etc/passwd")),
             ("no id", |m| m.file_id = 0),
             ("no change", |m| m.change = 0),
             ("unknown type", |m| m.r#type = 99),

@@ -5,6 +5,7 @@
 #![expect(
     missing_docs,
     clippy::allow_attributes,
+    clippy::large_enum_variant,
     reason = "generated code; the .proto files carry the documentation"
 )]
 

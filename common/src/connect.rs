@@ -1,0 +1,516 @@
+//! The client's way to a server of Marcot: one TCP connection in the mode that was asked for, and a
+//! clear word on what the other end is when it is no Marcot.
+//!
+//! Invariants:
+//! * REQUIRE SSL never ends in plaintext.
+//! * Without a clause, plaintext follows only on the server's one defined answer to a TLS hello,
+//!   and never when a CA, a fingerprint or a client certificate is set.
+//! * A channel is one connection: it does not reconnect by itself, for it would not be logged in.
+
+mod peer;
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint, Uri},
+};
+
+pub use crate::tls::client::ClientTls;
+use crate::{
+    failure::{Failure, chain},
+    listener::NO_TLS_ANSWER,
+    tls::{EXPORTER_LABEL, Fingerprint, cipher_text},
+};
+
+/// Longest wait for a connection and its handshake.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+
+/// How long a plaintext peer may take to speak first: a MySQL server does at once, a Marcot server
+/// never does.
+const GREETING_WAIT: Duration = Duration::from_millis(300);
+
+/// HTTP/2 frames and windows: frames as large as chunks, and windows that hold enough of them to
+/// keep a link of 1 GiB/s and 8 ms busy. Fixed ones are faster than hyper's adaptive ones.
+const FRAME_BYTES: u32 = 1 << 20;
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// A dead connection is found within two of these.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Bytes read from the socket at once under TLS.
+const READ_BUFFER_BYTES: usize = 256 << 10;
+
+/// The REQUIRE clause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SslMode {
+    /// No clause.
+    Preferred,
+    /// REQUIRE SSL.
+    Required,
+    /// REQUIRE NO SSL.
+    Disabled,
+}
+
+/// Whom to connect to, and how.
+#[derive(Debug, Clone)]
+pub struct ConnectOptions {
+    /// Name, or literal without brackets.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Mode.
+    pub ssl_mode: SslMode,
+    /// Whom to believe.
+    pub tls: ClientTls,
+    /// The address that the first connection found: further ones go there.
+    address: Option<SocketAddr>,
+}
+
+/// How a connection is protected.
+#[derive(Debug, Clone, Default)]
+pub struct Security {
+    /// Whether it is encrypted.
+    pub encrypted: bool,
+    /// Protocol and cipher suite; empty in plaintext.
+    pub cipher: String,
+    /// Of the server's certificate.
+    pub fingerprint: Option<[u8; 32]>,
+    /// What binds a log-in to this connection.
+    pub channel_binding: Option<[u8; 32]>,
+}
+
+/// A connection to a server.
+#[derive(Debug)]
+pub struct DonorConnection {
+    /// For generated clients. One connection: once it is lost, so is the channel.
+    pub channel: Channel,
+    /// How it is protected.
+    pub security: Security,
+    /// The other end.
+    pub peer: SocketAddr,
+}
+
+impl ConnectOptions {
+    /// Options without CA, certificate or fingerprint.
+    #[must_use]
+    pub fn new(host: &str, port: u16, ssl_mode: SslMode) -> Self {
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+        Self { host: host.to_owned(), port, ssl_mode, tls: ClientTls::default(), address: None }
+    }
+
+    /// The same, with a word on whom to believe.
+    #[must_use]
+    pub fn with_tls(self, tls: ClientTls) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// For the further connections of the same clone: the same address, mode and certificate.
+    #[must_use]
+    pub fn pinned(&self, connection: &DonorConnection) -> Self {
+        let ssl_mode =
+            if connection.security.encrypted { SslMode::Required } else { SslMode::Disabled };
+        Self {
+            ssl_mode,
+            // The chain was verified once; from then on it must be this very certificate.
+            tls: self.tls.with_fingerprint(connection.security.fingerprint),
+            address: Some(connection.peer),
+            ..self.clone()
+        }
+    }
+
+    fn name(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Connects.
+pub async fn connect(options: &ConnectOptions) -> Result<DonorConnection, Failure> {
+    let connected = async {
+        match options.ssl_mode {
+            SslMode::Disabled => connect_plain(options).await,
+            SslMode::Required => connect_tls(options).await.map_err(|refusal| refusal.failure),
+            SslMode::Preferred => match connect_tls(options).await {
+                Err(refusal) if refusal.no_tls && !options.tls.demands_tls() => {
+                    connect_plain(options).await
+                }
+                other => other.map_err(|refusal| refusal.failure),
+            },
+        }
+    };
+    tokio::time::timeout(CONNECT_MAX * 2, connected).await.unwrap_or_else(|_| {
+        Err(unreachable(2013, format!("{} did not finish connecting in time", options.name())))
+    })
+}
+
+/// Why TLS did not come about.
+struct Refusal {
+    failure: Failure,
+    /// The server gave the one answer that says that it has no TLS.
+    no_tls: bool,
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self { failure, no_tls: false }
+    }
+}
+
+async fn connect_plain(options: &ConnectOptions) -> Result<DonorConnection, Failure> {
+    let (stream, peer) = connect_tcp(options).await?;
+    // One peek: a server that speaks first is no server of Marcot.
+    let mut greeting = [0; 64];
+    if let Ok(seen) = tokio::time::timeout(GREETING_WAIT, stream.peek(&mut greeting)).await {
+        let seen = seen.unwrap_or(0);
+        return Err(unreachable(
+            2007,
+            format!("{} {}", options.name(), peer::describe(&greeting[..seen])),
+        ));
+    }
+    let seen = Seen::default();
+    let io = Recorder { io: stream, seen: seen.clone() };
+    let channel = open_channel(options, Io::Plain(io), &seen).await?;
+    Ok(DonorConnection { channel, security: Security::default(), peer })
+}
+
+async fn connect_tls(options: &ConnectOptions) -> Result<DonorConnection, Refusal> {
+    let config = options.tls.load().map_err(|e| {
+        Failure::precondition("TLS_CONFIGURATION", e.to_string()).mysql(2026).from_donor()
+    })?;
+    let name = ServerName::try_from(options.host.clone()).map_err(|_| {
+        let text = format!("`{}` is neither a host name nor an address", options.host);
+        Failure::invalid("BAD_DONOR", text)
+    })?;
+    let (stream, peer) = connect_tcp(options).await?;
+    let seen = Seen::default();
+    let io = Recorder { io: stream, seen: seen.clone() };
+    let io = BufReader::with_capacity(READ_BUFFER_BYTES, io);
+    let handshake = TlsConnector::from(config).connect(name, io);
+    let stream = match tokio::time::timeout(CONNECT_MAX, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            let bytes = seen.bytes();
+            let no_tls = bytes.starts_with(&NO_TLS_ANSWER[..NO_TLS_ANSWER.len().min(bytes.len())])
+                && bytes.len() >= NO_TLS_ANSWER.len();
+            return Err(Refusal { failure: tls_failure(options, &error, &bytes, no_tls), no_tls });
+        }
+        Err(_) => {
+            let text = format!(
+                "{} did not answer a TLS hello within {} s",
+                options.name(),
+                CONNECT_MAX.as_secs()
+            );
+            return Err(unreachable(2026, text).into());
+        }
+    };
+    let security = security_of(&stream)?;
+    // The first bytes are TLS; they tell nothing of what is inside.
+    let channel = open_channel(options, Io::Tls(Box::new(stream)), &Seen::default()).await?;
+    Ok(DonorConnection { channel, security, peer })
+}
+
+fn security_of(stream: &TlsStream<BufReader<Recorder>>) -> Result<Security, Failure> {
+    let connection = stream.get_ref().1;
+    let binding = connection
+        .export_keying_material([0; 32], EXPORTER_LABEL, None)
+        .map_err(|e| Failure::bug(format!("TLS exporter: {e}")))?;
+    let certificate = connection.peer_certificates().and_then(<[_]>::first);
+    Ok(Security {
+        encrypted: true,
+        cipher: cipher_text(connection),
+        fingerprint: certificate.map(|certificate| Fingerprint::of(certificate).0),
+        channel_binding: Some(binding),
+    })
+}
+
+fn tls_failure(options: &ConnectOptions, error: &io::Error, seen: &[u8], no_tls: bool) -> Failure {
+    let name = options.name();
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let (reason, text) = match tls {
+        _ if no_tls => (
+            "TLS_NOT_CONFIGURED",
+            format!(
+                "{name} has no TLS configured; start it with --tls-cert and --tls-key, or clone \
+                 with REQUIRE NO SSL"
+            ),
+        ),
+        Some(rustls::Error::InvalidCertificate(why)) => (
+            "CERTIFICATE_NOT_TRUSTED",
+            format!(
+                "the certificate of {name} is not trusted: {why}; give its CA (--ssl-ca FILE) or \
+                 the certificate's SHA-256 fingerprint, which the donor prints at start \
+                 (--donor-fingerprint)"
+            ),
+        ),
+        Some(rustls::Error::General(why)) => ("CERTIFICATE_NOT_TRUSTED", format!("{name}: {why}")),
+        Some(rustls::Error::AlertReceived(alert)) => (
+            "TLS_REFUSED",
+            format!("{name} refused TLS with alert {alert:?}; it may want a client certificate"),
+        ),
+        Some(_) if !seen.is_empty() && !matches!(seen[0], 0x15 | 0x16) => {
+            ("NO_TLS_PEER", format!("{name} {}", peer::describe(seen)))
+        }
+        Some(other) => ("TLS_FAILED", format!("TLS with {name}: {other}")),
+        None => (
+            "TLS_FAILED",
+            format!("{name} broke the connection off during the TLS handshake: {error}"),
+        ),
+    };
+    let code = if tls.is_some() || no_tls { Code::FailedPrecondition } else { Code::Unavailable };
+    Failure::new(code, reason, text).mysql(2026).from_donor()
+}
+
+async fn connect_tcp(options: &ConnectOptions) -> Result<(TcpStream, SocketAddr), Failure> {
+    let name = options.name();
+    let addresses: Vec<SocketAddr> = match options.address {
+        Some(address) => vec![address],
+        None => tokio::net::lookup_host((options.host.as_str(), options.port))
+            .await
+            .map_err(|e| unreachable(2005, format!("unknown host `{}`: {e}", options.host)))?
+            .take(8)
+            .collect(),
+    };
+    let mut last = io::Error::other("the name has no address");
+    for address in addresses {
+        match tokio::time::timeout(CONNECT_MAX, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                stream.set_nodelay(true).map_err(|e| Failure::bug(e.to_string()))?;
+                return Ok((stream, address));
+            }
+            Ok(Err(e)) => last = e,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(unreachable(
+        2003,
+        format!("cannot connect to {name}: {last}; is a Marcot donor listening there?"),
+    ))
+}
+
+/// Puts HTTP/2 on a connection, and has it answer once.
+async fn open_channel(options: &ConnectOptions, io: Io, seen: &Seen) -> Result<Channel, Failure> {
+    let slot = Arc::new(Mutex::new(Some(io)));
+    let connector =
+        tower::service_fn(move |_: Uri| {
+            let io = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            std::future::ready(io.map(TokioIo::new).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::NotConnected, "the connection was lost")
+            }))
+        });
+    let endpoint = Endpoint::from_static("http://donor")
+        .tcp_nodelay(true)
+        .max_frame_size(Some(FRAME_BYTES))
+        .initial_stream_window_size(Some(WINDOW_BYTES))
+        .initial_connection_window_size(Some(WINDOW_BYTES))
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true);
+    let channel = endpoint
+        .connect_with_connector(connector)
+        .await
+        .map_err(|e| not_opened(options, &chain(&e)))?;
+    probe(options, channel.clone(), seen).await?;
+    Ok(channel)
+}
+
+/// Asks for the health of the server: any gRPC answer will do. What speaks no HTTP/2 shows here.
+async fn probe(options: &ConnectOptions, channel: Channel, seen: &Seen) -> Result<(), Failure> {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    let mut client = HealthClient::new(channel);
+    let asked = client.check(HealthCheckRequest { service: String::new() });
+    let Ok(answer) = tokio::time::timeout(CONNECT_MAX, asked).await else {
+        let text = format!("{} accepts connections and says nothing", options.name());
+        return Err(unreachable(2013, text));
+    };
+    let Err(status) = answer else { return Ok(()) };
+    let ours = crate::failure::Failure::from_status(&status);
+    let speaks_grpc = !matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal)
+        || !ours.reason.starts_with("PEER_");
+    if speaks_grpc {
+        return Ok(());
+    }
+    match peer::describe_if_known(&seen.bytes()) {
+        Some(what) => Err(unreachable(2013, format!("{} {what}", options.name()))),
+        None => Err(not_opened(options, &chain(&status))),
+    }
+}
+
+/// A connection that broke before its first answer. Under TLS 1.3 a server that wants a client
+/// certificate says so only after the client's handshake has ended.
+fn not_opened(options: &ConnectOptions, why: &str) -> Failure {
+    let name = options.name();
+    match why.split_once("received fatal alert: ") {
+        Some((_, alert)) => Failure::new(
+            Code::FailedPrecondition,
+            "TLS_REFUSED",
+            format!(
+                "{name} refused TLS with alert {alert}; it may want a client certificate \
+                 (--ssl-cert and --ssl-key)"
+            ),
+        )
+        .mysql(2026)
+        .from_donor(),
+        None => unreachable(2013, format!("{name} is no Marcot donor: {why}")),
+    }
+}
+
+fn unreachable(number: u32, text: String) -> Failure {
+    Failure::new(Code::Unavailable, "DONOR_UNREACHABLE", format!("{text} ({number})"))
+        .mysql(number)
+        .from_donor()
+}
+
+/// The first bytes that a peer has sent.
+#[derive(Debug, Clone, Default)]
+struct Seen(Arc<Mutex<Vec<u8>>>);
+
+impl Seen {
+    const BYTES_MAX: usize = 64;
+
+    fn bytes(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn add(&self, bytes: &[u8]) -> bool {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = Self::BYTES_MAX - seen.len();
+        seen.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        seen.len() >= Self::BYTES_MAX
+    }
+}
+
+/// A socket that notes the first bytes that it reads.
+#[derive(Debug)]
+struct Recorder {
+    io: TcpStream,
+    seen: Seen,
+}
+
+impl AsyncRead for Recorder {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let poll = Pin::new(&mut self.io).poll_read(context, buffer);
+        // A cheap look, once the bytes are full: the lock is never contended.
+        if matches!(poll, Poll::Ready(Ok(()))) && buffer.filled().len() > before {
+            self.seen.add(&buffer.filled()[before..]);
+        }
+        poll
+    }
+}
+
+impl AsyncWrite for Recorder {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}
+
+/// A connection in either mode.
+#[derive(Debug)]
+enum Io {
+    Plain(Recorder),
+    Tls(Box<TlsStream<BufReader<Recorder>>>),
+}
+
+impl AsyncRead for Io {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_read(context, buffer),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_write(context, bytes),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_write_vectored(context, slices),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_write_vectored(context, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(io) => io.is_write_vectored(),
+            Self::Tls(io) => io.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_flush(context),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_shutdown(context),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_shutdown(context),
+        }
+    }
+}

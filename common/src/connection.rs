@@ -1,0 +1,103 @@
+//! What a server knows of one connection: its peer, its encryption, and who has logged in on it.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    str::FromStr,
+    sync::{Arc, OnceLock},
+};
+
+/// What an account may do, named as in MySQL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Privilege {
+    /// Be cloned from; clone locally, or to a new data directory.
+    BackupAdmin,
+    /// Replace the recipient's own data.
+    CloneAdmin,
+    /// Look, and change nothing. The others include it.
+    Monitor,
+}
+
+impl Privilege {
+    /// All privileges.
+    pub const ALL: [Self; 3] = [Self::BackupAdmin, Self::CloneAdmin, Self::Monitor];
+}
+
+impl fmt::Display for Privilege {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BackupAdmin => "BACKUP_ADMIN",
+            Self::CloneAdmin => "CLONE_ADMIN",
+            Self::Monitor => "MONITOR",
+        })
+    }
+}
+
+impl FromStr for Privilege {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|p| p.to_string().eq_ignore_ascii_case(text)).ok_or_else(|| {
+            format!("`{text}` is no privilege: BACKUP_ADMIN, CLONE_ADMIN and MONITOR are")
+        })
+    }
+}
+
+/// Who has logged in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Account.
+    pub user: String,
+    /// Its privileges at the log-in.
+    pub privileges: Vec<Privilege>,
+    /// A log-in by a clone's key is good for this snapshot only.
+    pub snapshot: Option<String>,
+}
+
+impl Identity {
+    /// Whether the account may do this.
+    #[must_use]
+    pub fn may(&self, privilege: Privilege) -> bool {
+        self.privileges.contains(&privilege)
+            || (privilege == Privilege::Monitor && !self.privileges.is_empty())
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// The other end.
+    pub peer: SocketAddr,
+    /// Of an encrypted connection: what binds a log-in to it (RFC 9266 tls-exporter).
+    pub channel_binding: Option<[u8; 32]>,
+    identity: OnceLock<Identity>,
+}
+
+impl Connection {
+    /// A connection that nobody has logged in on.
+    #[must_use]
+    pub fn new(peer: SocketAddr, channel_binding: Option<[u8; 32]>) -> Self {
+        Self { peer, channel_binding, identity: OnceLock::new() }
+    }
+
+    /// Whether it is encrypted.
+    #[must_use]
+    pub fn encrypted(&self) -> bool {
+        self.channel_binding.is_some()
+    }
+
+    /// Who has logged in.
+    #[must_use]
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.get()
+    }
+
+    /// Logs in, once: false when somebody has before.
+    pub(crate) fn log_in(&self, identity: Identity) -> bool {
+        self.identity.set(identity).is_ok()
+    }
+}
+
+/// The connection that a request came on, as an extension of the request.
+#[derive(Debug, Clone)]
+pub struct ConnectionInfo(pub Arc<Connection>);

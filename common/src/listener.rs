@@ -1,0 +1,248 @@
+//! One port, both modes: TLS and plaintext, told apart by the first byte.
+//!
+//! A donor without TLS gives a TLS hello one defined answer, so that a client in the no-clause mode
+//! can tell it from a broken or hostile network, and goes on in plaintext only then.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::Stream;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+use tracing::{debug, warn};
+
+use crate::{
+    connection::{Connection, ConnectionInfo},
+    tls::{EXPORTER_LABEL, server::ServerTls},
+};
+
+/// What a server without TLS answers to a TLS hello. No TLS record begins like this.
+pub const NO_TLS_ANSWER: &[u8] = b"MARCOT/1 TLS IS NOT CONFIGURED ON THIS PORT\r\n";
+
+/// Longest time from the first byte's wait to the end of the handshake: a slow link needs a few
+/// round trips, a silent one gets no more.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// Most connections at one time: 8 clones of 128 streams.
+const CONNECTIONS_MAX: usize = 1024;
+
+/// Most connections whose handshake runs: each costs a core some 0.5 ms.
+const HANDSHAKES_MAX: usize = 64;
+
+/// Bytes read from the socket at once under TLS: records of 16 KiB one by one cost eight times as
+/// many system calls.
+const READ_BUFFER_BYTES: usize = 256 << 10;
+
+/// Bytes of a refused client that are read off, so that the answer is not lost to a reset.
+const DRAIN_BYTES_MAX: u64 = 64 << 10;
+
+/// First byte of a TLS record that holds a handshake message.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// First byte of HTTP/2's preface, `PRI * HTTP/2.0`.
+const HTTP2_PREFACE: u8 = b'P';
+
+/// A listening port.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    tls: Option<ServerTls>,
+}
+
+impl Listener {
+    /// Listens; with TLS, both modes are served.
+    pub async fn bind(address: SocketAddr, tls: Option<ServerTls>) -> io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, tls })
+    }
+
+    /// The address, with the port that the system chose for port 0.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Accepts connections until `stop`, for tonic's `serve_with_incoming`.
+    pub fn incoming(
+        self,
+        stop: CancellationToken,
+    ) -> impl Stream<Item = io::Result<ServerStream>> + Send {
+        let (sender, receiver) = mpsc::channel(HANDSHAKES_MAX);
+        tokio::spawn(async move {
+            stop.run_until_cancelled(self.accept(sender)).await;
+        });
+        ReceiverStream::new(receiver)
+    }
+
+    async fn accept(self, sender: mpsc::Sender<io::Result<ServerStream>>) {
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let acceptor = self.tls.map(|tls| TlsAcceptor::from(tls.config));
+        loop {
+            let Ok(place) = Arc::clone(&connections).acquire_owned().await else {
+                return;
+            };
+            let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else {
+                return;
+            };
+            let (stream, peer) = match self.listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(e) => {
+                    // Most often the process has no descriptor left; others are being closed.
+                    warn!(error = %e, "a connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let (acceptor, sender) = (acceptor.clone(), sender.clone());
+            tokio::spawn(async move {
+                let opened = open(stream, peer, acceptor.as_ref(), place);
+                match tokio::time::timeout(HANDSHAKE_MAX, opened).await {
+                    // The receiver is gone when the server stops.
+                    Ok(Ok(Some(stream))) => drop(sender.send(Ok(stream)).await),
+                    Ok(Ok(None)) => {}
+                    Ok(Err(e)) => debug!(%peer, error = %e, "a connection was refused"),
+                    Err(_) => debug!(%peer, "a connection said nothing in time"),
+                }
+                drop(handshake);
+            });
+        }
+    }
+}
+
+async fn open(
+    stream: TcpStream,
+    peer: SocketAddr,
+    acceptor: Option<&TlsAcceptor>,
+    place: OwnedSemaphorePermit,
+) -> io::Result<Option<ServerStream>> {
+    stream.set_nodelay(true)?;
+    let mut first = [0];
+    if stream.peek(&mut first).await? == 0 {
+        return Ok(None);
+    }
+    let (io, channel_binding) = match (first[0], acceptor) {
+        (TLS_HANDSHAKE, Some(acceptor)) => {
+            let stream = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
+            let stream = acceptor.accept(stream).await?;
+            let binding = stream
+                .get_ref()
+                .1
+                .export_keying_material([0; 32], EXPORTER_LABEL, None)
+                .map_err(io::Error::other)?;
+            (Io::Tls(Box::new(stream)), Some(binding))
+        }
+        (TLS_HANDSHAKE, None) => {
+            refuse_tls(stream).await?;
+            return Ok(None);
+        }
+        (HTTP2_PREFACE, _) => (Io::Plain(stream), None),
+        (other, _) => {
+            debug!(%peer, first_byte = other, "a connection speaks neither TLS nor HTTP/2");
+            return Ok(None);
+        }
+    };
+    let connection = Arc::new(Connection::new(peer, channel_binding));
+    Ok(Some(ServerStream { io, connection: ConnectionInfo(connection), _place: place }))
+}
+
+/// Says that there is no TLS here, and makes sure that it is heard: closing a socket with unread
+/// bytes would send a reset, which may overtake the answer.
+async fn refuse_tls(mut stream: TcpStream) -> io::Result<()> {
+    stream.write_all(NO_TLS_ANSWER).await?;
+    stream.shutdown().await?;
+    let mut rest = stream.take(DRAIN_BYTES_MAX);
+    tokio::io::copy(&mut rest, &mut tokio::io::sink()).await?;
+    Ok(())
+}
+
+/// An accepted connection.
+#[derive(Debug)]
+pub struct ServerStream {
+    io: Io,
+    connection: ConnectionInfo,
+    _place: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<BufReader<TcpStream>>>),
+}
+
+impl Connected for ServerStream {
+    type ConnectInfo = ConnectionInfo;
+
+    fn connect_info(&self) -> ConnectionInfo {
+        self.connection.clone()
+    }
+}
+
+macro_rules! on_io {
+    ($self:ident, $io:ident => $call:expr) => {
+        match &mut $self.get_mut().io {
+            Io::Plain($io) => {
+                let $io = Pin::new($io);
+                $call
+            }
+            Io::Tls($io) => {
+                let $io = Pin::new($io.as_mut());
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for ServerStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        on_io!(self, io => io.poll_read(context, buffer))
+    }
+}
+
+impl AsyncWrite for ServerStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        on_io!(self, io => io.poll_write(context, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        on_io!(self, io => io.poll_write_vectored(context, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.io {
+            Io::Plain(io) => io.is_write_vectored(),
+            Io::Tls(io) => io.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_io!(self, io => io.poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_io!(self, io => io.poll_shutdown(context))
+    }
+}

@@ -1,0 +1,74 @@
+//! Log-in of a connection, both sides: by password (OPAQUE), or by a clone's key (Ed25519).
+//!
+//! Both bind the TLS connection that they were made on, so a log-in cannot be relayed onto another.
+
+pub mod client;
+pub mod server;
+
+pub use client::{log_in_with_key, log_in_with_password};
+
+use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
+use opaque_ke::Identifiers;
+
+use crate::failure::Failure;
+
+/// First bytes of what is signed: nothing else is signed with a clone's key.
+const KEY_DOMAIN: &[u8] = b"marcot key log-in v1";
+
+/// First bytes of OPAQUE's context.
+const PASSWORD_DOMAIN: &[u8] = b"marcot log-in v1";
+
+/// What a log-in by password is bound to besides the password.
+fn password_context(channel_binding: Option<&[u8; 32]>) -> Vec<u8> {
+    let binding = channel_binding.map_or(&[][..], |binding| &binding[..]);
+    [PASSWORD_DOMAIN, &[0], binding].concat()
+}
+
+/// Registration names no one; the user is the credential identifier.
+fn identifiers() -> Identifiers<'static> {
+    Identifiers { client: None, server: None }
+}
+
+/// What a log-in by key signs.
+fn key_message(snapshot: &str, nonce: &[u8; 32], channel_binding: Option<&[u8; 32]>) -> Vec<u8> {
+    let binding = channel_binding.map_or(&[][..], |binding| &binding[..]);
+    [KEY_DOMAIN, &[0], snapshot.as_bytes(), &[0], nonce, binding].concat()
+}
+
+/// A clone's own key: it opens a snapshot with the public half, and logs further connections in
+/// with the other, which never leaves the process.
+pub struct CloneKey {
+    pair: Ed25519KeyPair,
+    public: [u8; 32],
+}
+
+impl std::fmt::Debug for CloneKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CloneKey")
+    }
+}
+
+impl CloneKey {
+    /// A fresh key.
+    pub fn generate() -> Result<Self, Failure> {
+        let pair = Ed25519KeyPair::generate()
+            .map_err(|_| Failure::bug("an Ed25519 key could not be made"))?;
+        let public = pair.public_key().as_ref().try_into();
+        let public = public.map_err(|_| Failure::bug("an Ed25519 key has another length"))?;
+        Ok(Self { pair, public })
+    }
+
+    /// The public half.
+    #[must_use]
+    pub fn public_key(&self) -> &[u8; 32] {
+        &self.public
+    }
+
+    fn sign(&self, message: &[u8]) -> Vec<u8> {
+        self.pair.sign(message).as_ref().to_vec()
+    }
+}
+
+fn signature_is_right(public_key: &[u8; 32], message: &[u8], signature: &[u8]) -> bool {
+    UnparsedPublicKey::new(&ED25519, public_key).verify(message, signature).is_ok()
+}

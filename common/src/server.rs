@@ -1,0 +1,300 @@
+//! What both daemons do alike: options, log-in, access, TLS, reflection, health, admin port, drain.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::net::TcpListener;
+use tonic::{
+    service::{Routes, RoutesBuilder},
+    transport::Server,
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    access::{AccessLayer, Policy, Rule},
+    accounts::AccountsFile,
+    admin::{self, Readiness, health_service},
+    config::{ConfigOptions, VERSION_WITH_COMMIT, loopback_or_authenticated},
+    durable::write_atomically,
+    failure::chain,
+    listener::Listener,
+    login::server::{KeyDirectory, LogInService},
+    shutdown::Shutdown,
+    telemetry::{self, LogOptions, Telemetry, metrics::Metrics, rpc::RpcLayer},
+    tls::{self, server::ServerTls},
+};
+
+/// HTTP/2 frames as large as chunks.
+const FRAME_BYTES: u32 = 1 << 20;
+
+/// Most calls at one time on one connection.
+const STREAMS_MAX: u32 = 128;
+
+/// A dead client is found within two of these.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// How long calls that still run may take after the drain.
+const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
+
+/// Options that both daemons have.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ServerOptions {
+    /// Where settings come from.
+    #[command(flatten)]
+    pub config: ConfigOptions,
+    /// Accounts file (see `marcot account`); without it nobody has to log in.
+    #[arg(long, value_name = "FILE", env = "MARCOT_ACCOUNTS")]
+    pub accounts: Option<PathBuf>,
+    /// Certificate chain in PEM form; with it the port serves TLS as well as plaintext.
+    #[arg(long, value_name = "FILE", env = "MARCOT_TLS_CERT", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, in PEM form.
+    #[arg(long, value_name = "FILE", env = "MARCOT_TLS_KEY", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// CA of client certificates; with it every TLS client must show one.
+    #[arg(long, value_name = "FILE", env = "MARCOT_TLS_CLIENT_CA", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Refuse every call that comes in plaintext.
+    #[arg(long, env = "MARCOT_REQUIRE_TLS", requires = "tls_cert")]
+    pub require_tls: bool,
+    /// Port for probes and scrapes, in plaintext: /healthz, /readyz, /metrics, grpc.health.v1.
+    #[arg(long, value_name = "ADDR", env = "MARCOT_ADMIN_LISTEN")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Write a JSON file with the addresses in use once calls are taken.
+    #[arg(long, value_name = "FILE", env = "MARCOT_READY_FILE")]
+    pub ready_file: Option<PathBuf>,
+    /// Seconds that running clones may take to end after SIGTERM.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, env = "MARCOT_DRAIN_SECONDS")]
+    pub drain_seconds: u64,
+    /// How logs are written.
+    #[command(flatten)]
+    pub logs: LogOptions,
+}
+
+/// What a daemon is.
+#[derive(Debug, Clone, Copy)]
+pub struct Role {
+    /// "donor" or "recipient".
+    pub name: &'static str,
+    /// Full name of its service.
+    pub service: &'static str,
+    /// What its methods ask of their callers.
+    pub rules: &'static [(&'static str, Rule)],
+}
+
+/// Files that the options name, read and checked.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// Certificate in use.
+    pub tls: Option<ServerTls>,
+    /// Accounts in use.
+    pub accounts: Option<Arc<AccountsFile>>,
+}
+
+impl ServerOptions {
+    /// Reads all files that the options name, and tells all that is wrong with them.
+    pub fn prepare(&self, listen: SocketAddr) -> Result<Prepared, Vec<String>> {
+        let mut problems = Vec::new();
+        let mut note = |problem: String| problems.push(problem);
+        let tls = match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                let loaded = tls::server::load(certificate, key, self.tls_client_ca.as_deref());
+                loaded.map_err(|e| note(e.to_string())).ok()
+            }
+            _ => None,
+        };
+        let accounts = self.accounts.as_deref().and_then(|path| {
+            AccountsFile::open(path).map(Arc::new).map_err(|e| note(e.to_string())).ok()
+        });
+        if let Err(problem) = loopback_or_authenticated(listen, self.accounts.is_some()) {
+            note(problem.to_string());
+        }
+        if problems.is_empty() { Ok(Prepared { tls, accounts }) } else { Err(problems) }
+    }
+
+    /// Sets logs up.
+    pub fn init_telemetry(&self, role: Role) -> Result<Telemetry, Problem> {
+        telemetry::init(role.name, &self.logs).map_err(|e| Problem::Settings(vec![e.to_string()]))
+    }
+}
+
+/// A daemon that is being put together.
+#[derive(Debug)]
+pub struct Daemon {
+    /// What it is.
+    pub role: Role,
+    /// Its options.
+    pub options: ServerOptions,
+    /// Its files.
+    pub prepared: Prepared,
+    /// Its metrics.
+    pub metrics: Arc<Metrics>,
+    /// Its end.
+    pub shutdown: Shutdown,
+}
+
+impl Daemon {
+    /// Listens, serves until drained, and returns when all calls have ended.
+    ///
+    /// `add` puts the daemon's own service among the routes; `drain` returns once nothing runs.
+    pub async fn serve(
+        self,
+        listen: SocketAddr,
+        keys: Arc<dyn KeyDirectory>,
+        add: impl FnOnce(&mut RoutesBuilder),
+        drain: impl Future<Output = ()>,
+    ) -> Result<(), String> {
+        let listener = Listener::bind(listen, self.prepared.tls.clone())
+            .await
+            .map_err(|e| format!("listen on {listen}: {e}"))?;
+        let address = listener.local_address().map_err(|e| e.to_string())?;
+        let readiness = Readiness::new();
+        let routes = self.routes(keys, &readiness, add)?;
+        let admin = self.serve_admin(&readiness).await?;
+        let policy = Policy {
+            accounts: self.prepared.accounts.is_some(),
+            require_tls: self.options.require_tls,
+            rules: self.role.rules,
+        };
+        let services = [self.role.service, "marcot.auth.v1.AuthService", "grpc.health.v1.Health"];
+        let server = Server::builder()
+            .max_frame_size(Some(FRAME_BYTES))
+            .max_concurrent_streams(Some(STREAMS_MAX))
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .layer(RpcLayer::new(&self.metrics, &services))
+            .layer(AccessLayer(Arc::new(policy)))
+            .add_routes(routes);
+        let stop = self.shutdown.stop.clone();
+        let incoming = listener.incoming(stop.clone());
+        let stopped = stop.clone().cancelled_owned();
+        let serving = tokio::spawn(server.serve_with_incoming_shutdown(incoming, stopped));
+        readiness.set_ready();
+        self.announce(address, admin)?;
+        self.shutdown.drain.cancelled().await;
+        readiness.set_draining();
+        let bound = Duration::from_secs(self.options.drain_seconds);
+        tokio::select! {
+            () = drain => {}
+            () = tokio::time::sleep(bound) => {
+                warn!(seconds = self.options.drain_seconds, "clones still run; they are ended");
+            }
+            () = stop.cancelled() => {}
+        }
+        stop.cancel();
+        match tokio::time::timeout(LAST_CALLS_MAX, serving).await {
+            Ok(Ok(Err(e))) => Err(chain(&e)),
+            Ok(Err(e)) => Err(e.to_string()),
+            Ok(Ok(Ok(()))) | Err(_) => Ok(()),
+        }
+    }
+
+    fn routes(
+        &self,
+        keys: Arc<dyn KeyDirectory>,
+        readiness: &Readiness,
+        add: impl FnOnce(&mut RoutesBuilder),
+    ) -> Result<Routes, String> {
+        use marcot_proto::auth::v1::auth_service_server::AuthServiceServer;
+        let log_in = LogInService::new(self.prepared.accounts.clone(), keys);
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(marcot_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name(self.role.service)
+                .with_service_name("marcot.auth.v1.AuthService")
+                .with_service_name("grpc.health.v1.Health")
+        };
+        let mut routes = RoutesBuilder::default();
+        routes
+            .add_service(health_service(readiness, &[self.role.service]))
+            .add_service(AuthServiceServer::new(log_in))
+            .add_service(reflection().build_v1().map_err(|e| e.to_string())?)
+            .add_service(reflection().build_v1alpha().map_err(|e| e.to_string())?);
+        add(&mut routes);
+        Ok(routes.routes())
+    }
+
+    async fn serve_admin(&self, readiness: &Readiness) -> Result<Option<SocketAddr>, String> {
+        let Some(listen) = self.options.admin_listen else { return Ok(None) };
+        let failed = |e: std::io::Error| format!("listen on {listen} (--admin-listen): {e}");
+        let listener = TcpListener::bind(listen).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let metrics = Arc::clone(&self.metrics);
+        let router = admin::router(metrics, readiness, &[self.role.service]);
+        let stop = self.shutdown.stop.clone();
+        tokio::spawn(async move {
+            if let Err(e) = admin::serve(listener, router, stop).await {
+                error!(error = %e, "the admin port has stopped");
+            }
+        });
+        Ok(Some(address))
+    }
+
+    /// Says where calls are taken: in the log, and in the ready file.
+    fn announce(&self, address: SocketAddr, admin: Option<SocketAddr>) -> Result<(), String> {
+        let fingerprint = self.prepared.tls.as_ref().map(|tls| tls.fingerprint.to_string());
+        info!(
+            version = VERSION_WITH_COMMIT,
+            listen = %address,
+            admin_listen = admin.map(tracing::field::display),
+            fingerprint = fingerprint.as_deref(),
+            accounts = self.prepared.accounts.is_some(),
+            "marcot-{} takes calls",
+            self.role.name
+        );
+        let Some(path) = &self.options.ready_file else {
+            return Ok(());
+        };
+        let text = serde_json::json!({
+            "listen": address.to_string(),
+            "admin_listen": admin.map(|address| address.to_string()),
+            "fingerprint": fingerprint,
+        });
+        write_atomically(path, format!("{text}\n").as_bytes(), 0o644)
+            .map_err(|e| format!("write --ready-file {}: {e}", path.display()))
+    }
+}
+
+/// Where temporary files go unless told otherwise.
+#[must_use]
+pub fn default_spool_directory() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or_else(|| Path::new("/var/tmp").to_owned(), PathBuf::from)
+}
+
+/// The commands that a daemon ends with: 0, or 1 with what is wrong, or 2 for wrong settings.
+#[must_use]
+pub fn exit_code(name: &str, result: Result<(), Problem>) -> std::process::ExitCode {
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(Problem::Settings(problems)) => {
+            for problem in problems {
+                eprintln!("{name}: {problem}");
+            }
+            std::process::ExitCode::from(2)
+        }
+        Err(Problem::Running(problem)) => {
+            eprintln!("{name}: {problem}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a daemon ended.
+#[derive(Debug)]
+pub enum Problem {
+    /// Settings, or files that they name.
+    Settings(Vec<String>),
+    /// Anything later.
+    Running(String),
+}
+
+impl From<String> for Problem {
+    fn from(text: String) -> Self {
+        Self::Running(text)
+    }
+}

@@ -1,0 +1,158 @@
+//! The metrics of one process: build, process, RPCs, and what each crate adds.
+//!
+//! Names have base units and, for Marcot's own, the prefix `marcot_`. No id, path or peer is ever a
+//! label.
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use prometheus_client::registry::Unit;
+use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
+
+use super::{process::ProcessCollector, rpc::RpcDurations};
+use crate::config::COMMIT;
+
+/// What [`Metrics::encode`] is, for HTTP.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// All metrics of this process.
+pub struct Metrics {
+    registry: Mutex<Registry>,
+    rpc: RpcDurations,
+}
+
+impl Metrics {
+    /// The metrics that every service has. `role` is "donor" or "recipient".
+    #[must_use]
+    pub fn new(role: &'static str) -> Self {
+        let mut registry = Registry::default();
+        let build = Info::new(vec![
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("commit", COMMIT),
+            ("role", role),
+        ]);
+        registry.register("marcot_build", "What this process was built from", build);
+        registry.register_collector(Box::new(ProcessCollector));
+        let rpc = RpcDurations::default();
+        registry.register_with_unit(
+            "rpc_server_call_duration",
+            "Time from a call's arrival to the end of its answer, for streams to the last message",
+            Unit::Seconds,
+            rpc.family(),
+        );
+        Self { registry: Mutex::new(registry), rpc }
+    }
+
+    /// Adds metrics: full names, with the prefix `marcot_`; the help without a full stop.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.lock());
+    }
+
+    /// Writes all metrics as OpenMetrics text.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.lock())?;
+        Ok(text)
+    }
+
+    /// Where servers count their calls.
+    pub(super) fn rpc(&self) -> &RpcDurations {
+        &self.rpc
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registry> {
+        // A panic while metrics are written leaves the registry as it was.
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use prometheus_client::metrics::counter::Counter;
+
+    use super::*;
+
+    /// Endings that say the unit of a value.
+    const UNITS: [&str; 3] = ["_seconds", "_bytes", "_ratio"];
+
+    /// Names that are counts of things, and so have no unit.
+    const COUNTS: [&str; 3] = ["process_open_fds", "process_max_fds", "marcot_build"];
+
+    #[test]
+    fn every_metric_has_one_help_a_type_a_unit_and_known_samples() {
+        let metrics = Metrics::new("donor");
+        metrics.register(|registry| {
+            registry.register_with_unit(
+                "marcot_wire_sent",
+                "Bytes sent",
+                Unit::Bytes,
+                Counter::<u64>::default(),
+            );
+        });
+        let text = metrics.encode().unwrap();
+        assert!(text.ends_with("# EOF\n"));
+        let mut types = BTreeMap::new();
+        let mut helps = BTreeSet::new();
+        for line in text.lines() {
+            let words: Vec<&str> = line.splitn(4, ' ').collect();
+            match words[..] {
+                ["#", "HELP", name, help] => {
+                    assert!(helps.insert(name.to_owned()), "{name} twice");
+                    assert!(
+                        help.len() > 5 && help.ends_with('.') && !help.ends_with(".."),
+                        "{help}"
+                    );
+                }
+                ["#", "TYPE", name, kind] => drop(types.insert(name.to_owned(), kind.to_owned())),
+                ["#", "UNIT", name, unit] => assert!(name.ends_with(&format!("_{unit}"))),
+                ["#", "EOF"] => {}
+                _ => {
+                    let name = line.split(['{', ' ']).next().unwrap();
+                    let (family, kind) = family_of(&types, name);
+                    assert!(helps.contains(family), "{name} has no help");
+                    assert_eq!(kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+                }
+            }
+        }
+        for name in types.keys() {
+            let has_unit = UNITS.iter().any(|unit| name.ends_with(unit));
+            assert!(has_unit || COUNTS.contains(&name.as_str()), "{name} has no unit");
+            assert!(
+                name.starts_with("marcot_")
+                    || name.starts_with("process_")
+                    || name.starts_with("rpc_")
+            );
+        }
+        assert!(types.contains_key("marcot_wire_sent_bytes"));
+    }
+
+    /// The family that a sample belongs to, and its type.
+    fn family_of<'a>(types: &'a BTreeMap<String, String>, name: &str) -> (&'a str, &'a str) {
+        types
+            .iter()
+            .filter(|(family, _)| name.starts_with(family.as_str()))
+            .max_by_key(|(family, _)| family.len())
+            .map(|(family, kind)| (family.as_str(), kind.as_str()))
+            .unwrap_or_else(|| panic!("{name} belongs to no family"))
+    }
+
+    #[test]
+    fn the_build_is_told_with_version_commit_and_role() {
+        let text = Metrics::new("recipient").encode().unwrap();
+        let line = format!(
+            "marcot_build_info{{version=\"{}\",commit=\"{COMMIT}\",role=\"recipient\"}} 1",
+            env!("CARGO_PKG_VERSION")
+        );
+        assert!(text.contains(&line), "{text}");
+    }
+}

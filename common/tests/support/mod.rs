@@ -1,0 +1,135 @@
+//! Servers and certificates for the tests of connections.
+
+#![expect(unreachable_pub, reason = "a module of test programs")]
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use marcot_common::{
+    access::{AccessLayer, Policy, Rule},
+    accounts::AccountsFile,
+    connection::Privilege,
+    listener::Listener,
+    login::server::{KeyDirectory, LogInService, NoKeys},
+    tls::{self, Fingerprint, server::ServerTls},
+};
+use marcot_proto::auth::v1::auth_service_server::AuthServiceServer;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server as TonicServer;
+
+/// A server that has log-in, health, and a rule for every method of the donor.
+pub struct Server {
+    address: SocketAddr,
+    pub fingerprint: Option<Fingerprint>,
+    stop: CancellationToken,
+}
+
+pub const RULES: &[(&str, Rule)] =
+    &[("/marcot.donor.v1.DonorService/", Rule::Needs(Privilege::BackupAdmin))];
+
+impl Server {
+    pub async fn start(tls: Option<ServerTls>, accounts: Option<&Path>) -> Self {
+        Self::start_with_keys(tls, accounts, Arc::new(NoKeys), false).await
+    }
+
+    pub async fn start_with_keys(
+        tls: Option<ServerTls>,
+        accounts: Option<&Path>,
+        keys: Arc<dyn KeyDirectory>,
+        require_tls: bool,
+    ) -> Self {
+        let fingerprint = tls.as_ref().map(|tls| tls.fingerprint);
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), tls).await.unwrap();
+        let address = listener.local_address().unwrap();
+        let stop = CancellationToken::new();
+        let file = accounts.map(|path| Arc::new(AccountsFile::open(path).unwrap()));
+        let policy = Policy { accounts: file.is_some(), require_tls, rules: RULES };
+        let (_, health) = tonic_health::server::health_reporter();
+        let server = TonicServer::builder()
+            .layer(AccessLayer(Arc::new(policy)))
+            .add_service(health)
+            .add_service(AuthServiceServer::new(LogInService::new(file, keys)));
+        let incoming = listener.incoming(stop.clone());
+        tokio::spawn(server.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        Self { address, fingerprint, stop }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A CA and what it signs, in files.
+pub struct Pki {
+    directory: TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Pki {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        let name = format!("test CA {}", uuid::Uuid::new_v4());
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("ca.pem"), issuer.pem()).unwrap();
+        Self { directory, issuer }
+    }
+
+    pub fn ca(&self) -> PathBuf {
+        self.directory.path().join("ca.pem")
+    }
+
+    /// The CA's certificate, whose directory stays.
+    pub fn ca_kept(self) -> PathBuf {
+        self.directory.keep().join("ca.pem")
+    }
+
+    pub fn server(&self, names: &[&str]) -> ServerTls {
+        let (certificate, key) = self.sign(names, 2049);
+        tls::server::load(&certificate, &key, None).unwrap()
+    }
+
+    pub fn expired_server(&self, names: &[&str]) -> ServerTls {
+        let (certificate, key) = self.sign(names, 2002);
+        tls::server::load(&certificate, &key, None).unwrap()
+    }
+
+    pub fn server_with_client_ca(&self, names: &[&str]) -> ServerTls {
+        let (certificate, key) = self.sign(names, 2049);
+        tls::server::load(&certificate, &key, Some(&self.ca())).unwrap()
+    }
+
+    pub fn client(&self) -> (PathBuf, PathBuf) {
+        self.sign(&["client"], 2049)
+    }
+
+    fn sign(&self, names: &[&str], year: i32) -> (PathBuf, PathBuf) {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.not_before = date_time_ymd(2001, 1, 1);
+        params.not_after = date_time_ymd(year, 1, 1);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let label = uuid::Uuid::new_v4();
+        let path = |end: &str| self.directory.path().join(format!("{label}.{end}"));
+        std::fs::write(path("pem"), certificate.pem()).unwrap();
+        std::fs::write(path("key"), key.serialize_pem()).unwrap();
+        (path("pem"), path("key"))
+    }
+}
