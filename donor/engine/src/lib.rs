@@ -5,10 +5,12 @@
 //!
 //! Everything here blocks: callers run it on threads of their own.
 
-use std::{collections::BTreeMap, fmt, fs::File, path::PathBuf, time::Duration};
+mod files;
+
+use std::{collections::BTreeMap, fmt, fs::File, path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{
-    entry::{Entry, FileId, Totals},
+    entry::{Attributes, Entry, FileId, Totals},
     failure::Failure,
     position::Position,
 };
@@ -77,6 +79,8 @@ pub struct Advanced {
     pub consistency_level: ConsistencyLevel,
     /// At the end: where it stands in its database's history.
     pub coordinates: Option<Coordinates>,
+    /// At the end: attributes of the data directory itself, which is in no list.
+    pub root: Option<Attributes>,
 }
 
 /// A part of a file that is all data or all hole.
@@ -116,4 +120,22 @@ pub struct EngineConfig {
     pub data_directory: PathBuf,
     /// Where lists and other temporary files go; they have no names and vanish with the process.
     pub spool_directory: PathBuf,
+}
+
+/// Names of all engines, as `--engine` takes them.
+pub const ENGINE_NAMES: &[&str] = &["files"];
+
+/// Opens the engine that `config` names.
+pub fn open_engine(config: &EngineConfig) -> Result<Arc<dyn Engine>, Failure> {
+    match config.engine.as_str() {
+        "files" => Ok(Arc::new(files::FilesEngine::open(config)?)),
+        other => Err(Failure::invalid(
+            "UNKNOWN_ENGINE",
+            format!(
+                "engine `{}` is not known; engines: {}",
+                other.escape_debug(),
+                ENGINE_NAMES.join(", ")
+            ),
+        )),
+    }
 }
