@@ -1,1 +1,12 @@
-//! Placeholder.
+//! The donor: serves a data directory as lists of files and ranges of bytes.
+//!
+//! ```text
+//! api -> lease -> engine -> chunk_reader -> body
+//! ```
+
+pub mod api;
+pub mod body;
+pub mod chunk_reader;
+pub mod lease;
+pub mod metrics;
+pub mod server;

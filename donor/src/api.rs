@@ -1,0 +1,423 @@
+//! The donor's gRPC handlers: decode, call, encode; no decisions.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::Stream;
+use marcot_common::{
+    access, chunk,
+    failure::Failure,
+    host, time,
+    wire::{self, attributes_to_wire, entry_to_wire, totals_to_wire},
+};
+use marcot_engine::SnapshotOptions;
+use marcot_proto::{
+    common::v1 as pbc,
+    donor::v1::{self as pb, donor_service_server::DonorService},
+};
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status};
+
+use crate::{
+    chunk_reader::{BufferPool, CallerGone, ChunkReader, Frame, ReadPlan},
+    lease::{self, Caller, Held, LEASE_DEFAULT, LEASE_MAX, LEASE_MIN, Leases, OpenRequest},
+};
+
+/// Frames that wait between the disk and the network, per call: one to read while one is sent.
+const FRAMES_QUEUED: usize = 2;
+
+/// Messages of a list that wait for the network.
+const LIST_MESSAGES_QUEUED: usize = 2;
+
+/// How often an advance tells that it is at work.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What the service answers about itself.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Whether callers must log in.
+    pub accounts: bool,
+    /// Whether TLS is configured.
+    pub tls: bool,
+}
+
+/// The donor's service.
+#[derive(Debug, Clone)]
+pub struct Api {
+    leases: Arc<Leases>,
+    pool: Arc<BufferPool>,
+    identity: Identity,
+    sent_bytes: Arc<AtomicU64>,
+}
+
+impl Api {
+    /// Serves the snapshots of `leases`.
+    #[must_use]
+    pub fn new(leases: Arc<Leases>, identity: Identity) -> Self {
+        Self { leases, pool: Arc::default(), identity, sent_bytes: Arc::default() }
+    }
+
+    /// Payload bytes sent since the start.
+    #[must_use]
+    pub fn sent_bytes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.sent_bytes)
+    }
+
+    /// Starts a ReadRanges call; its frames arrive on the channel.
+    pub fn start_reading(
+        &self,
+        extensions: &http::Extensions,
+        request: pb::ReadRangesRequest,
+    ) -> Result<mpsc::Receiver<Result<Frame, Failure>>, Failure> {
+        let held = self.leases.find(&request.snapshot, &access::http_caller(extensions).into())?;
+        let plan = ReadPlan::new(request)?;
+        let place = Arc::clone(&held.readers).try_acquire_owned().map_err(|_| {
+            Failure::new(
+                Code::ResourceExhausted,
+                "READER_LIMIT",
+                format!("{} ReadRanges calls run for this snapshot", lease::READERS_MAX),
+            )
+            .retry_after(Duration::from_secs(1))
+        })?;
+        let reader = ChunkReader::new(Arc::clone(&held.snapshot), Arc::clone(&self.pool), plan);
+        let (sender, receiver) = mpsc::channel(FRAMES_QUEUED);
+        let sent_total = Arc::clone(&self.sent_bytes);
+        tokio::task::spawn_blocking(move || {
+            let _place = place;
+            let result = reader.run(&mut |frame| {
+                if held.ended.is_cancelled() {
+                    return Err(CallerGone);
+                }
+                if let Frame::Chunk(_, payload) = &frame {
+                    let bytes = payload.len() as u64;
+                    held.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+                    sent_total.fetch_add(bytes, Ordering::Relaxed);
+                }
+                sender.blocking_send(Ok(frame)).map_err(|_| CallerGone)
+            });
+            if result.is_err() && held.ended.is_cancelled() {
+                // The caller may have gone as well; then nobody is left to tell.
+                drop(sender.blocking_send(Err(snapshot_ended(&held.name))));
+            }
+        });
+        Ok(receiver)
+    }
+
+    fn held<T>(&self, request: &Request<T>, name: &str) -> Result<Arc<Held>, Failure> {
+        self.leases.find(name, &caller(request))
+    }
+}
+
+fn caller<T>(request: &Request<T>) -> Caller {
+    access::caller(request).into()
+}
+
+impl From<access::Caller> for Caller {
+    fn from(caller: access::Caller) -> Self {
+        Self { user: caller.user, snapshot: caller.snapshot, peer: caller.peer }
+    }
+}
+
+fn snapshot_ended(name: &str) -> Failure {
+    Failure::new(Code::NotFound, "UNKNOWN_SNAPSHOT", format!("{name} was closed or has expired"))
+}
+
+type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl DonorService for Api {
+    async fn get_server_info(
+        &self,
+        _: Request<pb::GetServerInfoRequest>,
+    ) -> Result<Response<pb::GetServerInfoResponse>, Status> {
+        let engine = self.leases.engine();
+        let directory = engine.data_directory();
+        let identity = host::file_identity(directory)
+            .map_err(|e| Failure::io("look at data directory", directory, &e))?;
+        let authentication = if self.identity.accounts {
+            pb::Authentication::Accounts
+        } else {
+            pb::Authentication::None
+        };
+        Ok(Response::new(pb::GetServerInfoResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            engine: engine.name().to_owned(),
+            os: "Linux".to_owned(),
+            machine: std::env::consts::ARCH.to_owned(),
+            capabilities: vec!["zstd".to_owned()],
+            digest_algorithms: vec![pbc::DigestAlgorithm::Xxh3128.into()],
+            chunk_bytes_max: chunk::CHUNK_BYTES_MAX,
+            ranges_max: u32::try_from(chunk::RANGES_MAX).unwrap_or(u32::MAX),
+            readers_max: u32::try_from(lease::READERS_MAX).unwrap_or(u32::MAX),
+            host_id: Bytes::copy_from_slice(&host::host_id()),
+            data_directory: host::path_bytes(directory),
+            data_directory_device: identity.0,
+            data_directory_inode: identity.1,
+            authentication: authentication.into(),
+            tls: self.identity.tls,
+            lease_duration_max: Some(time::duration_to_wire(LEASE_MAX)),
+            ..pb::GetServerInfoResponse::default()
+        }))
+    }
+
+    async fn open_snapshot(
+        &self,
+        request: Request<pb::OpenSnapshotRequest>,
+    ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
+        let caller = caller(&request);
+        let open = open_request(request.into_inner(), caller)?;
+        let held = self.leases.open(open).await?;
+        let position = held.snapshot.position();
+        let estimate = held.snapshot.totals(position)?;
+        Ok(Response::new(pb::OpenSnapshotResponse {
+            snapshot: held.name.clone(),
+            lease_expire_time: Some(time::timestamp(held.expire_time())),
+            stage: position.stage.to_wire().into(),
+            round: position.round,
+            estimate: Some(totals_to_wire(estimate)),
+            left_out: held.snapshot.left_out().into_iter().collect(),
+        }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<pb::ListSnapshotsRequest>,
+    ) -> Result<Response<pb::ListSnapshotsResponse>, Status> {
+        // All of them fit in one page: there are at most `--snapshots-max`.
+        let snapshots = self.leases.all().iter().map(|held| describe(held)).collect();
+        Ok(Response::new(pb::ListSnapshotsResponse { snapshots, next_page_token: String::new() }))
+    }
+
+    type ListFilesStream = MessageStream<pb::ListFilesResponse>;
+
+    async fn list_files(
+        &self,
+        request: Request<pb::ListFilesRequest>,
+    ) -> Result<Response<Self::ListFilesStream>, Status> {
+        let held = self.held(&request, &request.get_ref().snapshot)?;
+        let request = request.into_inner();
+        let position = wire::position(request.stage, request.round)?;
+        let (sender, receiver) = mpsc::channel(LIST_MESSAGES_QUEUED);
+        tokio::task::spawn_blocking(move || {
+            if let Err(failure) = list(&held, position, request.start_number, &sender) {
+                drop(sender.blocking_send(Err(failure.to_status())));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type ReadRangesStream = MessageStream<pb::ReadRangesResponse>;
+
+    /// Never called: `body::ZeroCopyService` serves this method.
+    async fn read_ranges(
+        &self,
+        _: Request<pb::ReadRangesRequest>,
+    ) -> Result<Response<Self::ReadRangesStream>, Status> {
+        Err(Failure::bug("ReadRanges reached the generated service").into())
+    }
+
+    type HashRangesStream = MessageStream<pb::HashRangesResponse>;
+
+    async fn hash_ranges(
+        &self,
+        _: Request<pb::HashRangesRequest>,
+    ) -> Result<Response<Self::HashRangesStream>, Status> {
+        Err(Failure::unimplemented("HashRanges").into())
+    }
+
+    type AdvanceStageStream = MessageStream<pb::AdvanceStageResponse>;
+
+    async fn advance_stage(
+        &self,
+        request: Request<pb::AdvanceStageRequest>,
+    ) -> Result<Response<Self::AdvanceStageStream>, Status> {
+        let held = self.held(&request, &request.get_ref().snapshot)?;
+        let request = request.into_inner();
+        let position = wire::position(request.stage, request.round)?;
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let answer = advance(&held, position, &sender).await;
+            drop(sender.send(answer.map_err(|failure| failure.to_status())).await);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn renew_lease(
+        &self,
+        request: Request<pb::RenewLeaseRequest>,
+    ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
+        let held = self.held(&request, &request.get_ref().snapshot)?;
+        let lease = request.into_inner().lease_duration.map(lease_duration).transpose()?;
+        self.leases.renew(&held, lease);
+        Ok(Response::new(pb::RenewLeaseResponse {
+            lease_expire_time: Some(time::timestamp(held.expire_time())),
+        }))
+    }
+
+    async fn close_snapshot(
+        &self,
+        request: Request<pb::CloseSnapshotRequest>,
+    ) -> Result<Response<pb::CloseSnapshotResponse>, Status> {
+        let why = match pb::Outcome::try_from(request.get_ref().outcome) {
+            Ok(pb::Outcome::Completed) => "completed",
+            Ok(pb::Outcome::Failed) => "failed",
+            Ok(pb::Outcome::Cancelled) => "cancelled",
+            _ => {
+                let value = request.get_ref().outcome;
+                let text = format!("outcome {value} is not known");
+                return Err(Failure::invalid("BAD_OUTCOME", text).into());
+            }
+        };
+        // A snapshot that is gone is what the caller wants.
+        if let Ok(held) = self.held(&request, &request.get_ref().snapshot) {
+            self.leases.close(&held.name, why);
+        }
+        Ok(Response::new(pb::CloseSnapshotResponse {}))
+    }
+}
+
+fn open_request(message: pb::OpenSnapshotRequest, caller: Caller) -> Result<OpenRequest, Failure> {
+    let public_key = <[u8; 32]>::try_from(&message.public_key[..]).map_err(|_| {
+        let length = message.public_key.len();
+        Failure::invalid("BAD_KEY", format!("public_key has {length} bytes, an Ed25519 key has 32"))
+    })?;
+    let lease = message.lease_duration.map(lease_duration).transpose()?.unwrap_or(LEASE_DEFAULT);
+    for (name, value, most) in
+        [("request_id", &message.request_id, 128), ("clone", &message.clone, 256)]
+    {
+        if value.len() > most || value.chars().any(char::is_control) {
+            let text = format!(
+                "{name} has {} bytes or a control character, at most {most} bytes \
+                                of text are allowed",
+                value.len()
+            );
+            return Err(Failure::invalid("BAD_REQUEST_ID", text));
+        }
+    }
+    let ddl_timeout = message.ddl_timeout.map(time::duration_from_wire).transpose()?;
+    Ok(OpenRequest {
+        public_key,
+        lease,
+        request_id: message.request_id,
+        clone: message.clone,
+        caller,
+        options: SnapshotOptions { block_ddl: message.block_ddl, ddl_timeout },
+    })
+}
+
+fn lease_duration(duration: prost_types::Duration) -> Result<Duration, Failure> {
+    let lease = time::duration_from_wire(duration)?;
+    if !(LEASE_MIN..=LEASE_MAX).contains(&lease) {
+        return Err(Failure::invalid(
+            "BAD_LEASE",
+            format!("lease of {lease:?}; {LEASE_MIN:?} to {LEASE_MAX:?} are allowed"),
+        ));
+    }
+    Ok(lease)
+}
+
+fn describe(held: &Held) -> pb::Snapshot {
+    let position = held.snapshot.position();
+    pb::Snapshot {
+        name: held.name.clone(),
+        clone: held.request.clone.clone(),
+        user: held.request.caller.user.clone().unwrap_or_default(),
+        peer: held.request.caller.peer.map(|p| p.to_string()).unwrap_or_default(),
+        create_time: Some(time::timestamp(held.create_time)),
+        lease_expire_time: Some(time::timestamp(held.expire_time())),
+        stage: position.stage.to_wire().into(),
+        round: position.round,
+        sent_bytes: held.sent_bytes.load(Ordering::Relaxed),
+    }
+}
+
+/// Sends a list in messages of bounded size; returns early when the caller has gone.
+fn list(
+    held: &Held,
+    position: marcot_common::position::Position,
+    start: u64,
+    sender: &mpsc::Sender<Result<pb::ListFilesResponse, Status>>,
+) -> Result<(), Failure> {
+    let totals = held.snapshot.totals(position)?;
+    let mut message = pb::ListFilesResponse::default();
+    let mut bytes = 0;
+    for entry in held.snapshot.list(position, start)? {
+        let entry = entry_to_wire(&entry?);
+        bytes += entry.encoded_len() + 8;
+        message.entries.push(entry);
+        if bytes >= chunk::LIST_MESSAGE_BYTES {
+            bytes = 0;
+            if held.ended.is_cancelled() {
+                return Err(snapshot_ended(&held.name));
+            }
+            if sender.blocking_send(Ok(std::mem::take(&mut message))).is_err() {
+                return Ok(());
+            }
+        }
+    }
+    message.end = Some(pb::ListEnd { totals: Some(totals_to_wire(totals)), growing: false });
+    drop(sender.blocking_send(Ok(message)));
+    Ok(())
+}
+
+/// Runs an advance on a thread of its own and tells of its progress meanwhile.
+async fn advance(
+    held: &Arc<Held>,
+    from: marcot_common::position::Position,
+    sender: &mpsc::Sender<Result<pb::AdvanceStageResponse, Status>>,
+) -> Result<pb::AdvanceStageResponse, Failure> {
+    let _one_at_a_time = held.advance.lock().await;
+    let entries = Arc::new(AtomicU64::new(0));
+    let gone = CancellationToken::new();
+    let _stops_the_work = gone.clone().drop_guard();
+    let work = tokio::task::spawn_blocking({
+        let (held, entries, gone) = (Arc::clone(held), Arc::clone(&entries), gone.clone());
+        move || {
+            held.snapshot.advance(from, &mut |count| {
+                entries.store(count, Ordering::Relaxed);
+                if gone.is_cancelled() || held.ended.is_cancelled() {
+                    return Err(snapshot_ended(&held.name));
+                }
+                Ok(())
+            })
+        }
+    });
+    tokio::pin!(work);
+    let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
+    let advanced = loop {
+        tokio::select! {
+            result = &mut work => {
+                break result.map_err(|e| Failure::bug(format!("the engine stopped: {e}")))??;
+            }
+            () = sender.closed(), if !gone.is_cancelled() => gone.cancel(),
+            _ = tick.tick() => {
+                let progress = pb::AdvanceProgress {
+                    activity: "compare the data directory with its list".to_owned(),
+                    entries: entries.load(Ordering::Relaxed),
+                };
+                let step = pb::advance_stage_response::Step::Progress(progress);
+                // A full queue means that the caller is slow; the next tick tells it more.
+                drop(sender.try_send(Ok(pb::AdvanceStageResponse { step: Some(step) })));
+            }
+        }
+    };
+    let step = pb::advance_stage_response::Step::Advanced(pb::Advanced {
+        stage: advanced.position.stage.to_wire().into(),
+        round: advanced.position.round,
+        totals: Some(totals_to_wire(advanced.totals)),
+        consistency_level: advanced.consistency_level.into(),
+        coordinates: advanced.coordinates,
+        root: advanced.root.as_ref().map(attributes_to_wire),
+    });
+    Ok(pb::AdvanceStageResponse { step: Some(step) })
+}

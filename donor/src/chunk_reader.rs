@@ -1,0 +1,376 @@
+//! Reads ranges of a snapshot into frames: positional read, checksum, compression.
+//!
+//! Invariants:
+//! * Over all frames the extents cover the ranges in order, each byte once, until a range fails.
+//! * At most one buffer is filled at a time; small files share it, a large range starts a new one.
+//! * A call ends at its bound of bytes or time with a `ReadEnd` that says where to go on.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use marcot_common::{
+    chunk::{
+        CALL_BYTES_MAX, CHUNK_BYTES, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, EXTENTS_MAX, RANGES_MAX,
+    },
+    entry::FileId,
+    failure::Failure,
+    position::Position,
+    wire,
+};
+use marcot_engine::{FileReader, Snapshot};
+use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
+
+/// Longest life of one call: shorter than the customary 60 s limit of proxies on one stream.
+const CALL_DURATION_MAX: Duration = Duration::from_secs(45);
+
+/// Data that does not shrink by this much is sent as it is: decoding it would cost more.
+const SHRINK_NUMERATOR: usize = 15;
+const SHRINK_DENOMINATOR: usize = 16;
+
+/// A frame before it is encoded; a chunk's payload stays apart so that it is not copied.
+#[derive(Debug)]
+pub enum Frame {
+    /// Bytes: the message without its payload, and the payload.
+    Chunk(pb::Chunk, Bytes),
+    /// A range that cannot be read.
+    Failure(pb::RangeFailure),
+    /// The last frame.
+    End(pb::ReadEnd),
+}
+
+/// A checked ReadRanges request.
+#[derive(Debug)]
+pub struct ReadPlan {
+    position: Position,
+    ranges: Vec<pb::Range>,
+    compression_level: Option<i32>,
+    digest: bool,
+    chunk_bytes: usize,
+    bytes_max: u64,
+}
+
+impl ReadPlan {
+    /// Checks what came from the wire.
+    pub fn new(request: pb::ReadRangesRequest) -> Result<Self, Failure> {
+        let position = wire::position(request.stage, request.round)?;
+        if request.ranges.is_empty() || request.ranges.len() > RANGES_MAX {
+            return Err(Failure::invalid(
+                "BAD_RANGE",
+                format!("{} ranges asked for, 1 to {RANGES_MAX} are allowed", request.ranges.len()),
+            ));
+        }
+        for range in &request.ranges {
+            let end = range.offset.checked_add(range.length);
+            if range.length == 0 || end.is_none_or(|end| i64::try_from(end).is_err()) {
+                return Err(Failure::invalid(
+                    "BAD_RANGE",
+                    format!(
+                        "range of file {} at offset {} has length {}",
+                        range.file_id, range.offset, range.length
+                    ),
+                ));
+            }
+        }
+        let chunk_bytes = match request.chunk_bytes {
+            0 => CHUNK_BYTES,
+            n if (CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&n) => n,
+            n => {
+                return Err(Failure::invalid(
+                    "BAD_RANGE",
+                    format!(
+                        "chunk_bytes is {n}, {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} are allowed"
+                    ),
+                ));
+            }
+        };
+        let digest = match pbc::DigestAlgorithm::try_from(request.digest_algorithm) {
+            Ok(pbc::DigestAlgorithm::Unspecified) => false,
+            Ok(pbc::DigestAlgorithm::Xxh3128) => true,
+            _ => {
+                return Err(Failure::invalid(
+                    "UNKNOWN_DIGEST",
+                    format!("digest algorithm {} is not offered", request.digest_algorithm),
+                ));
+            }
+        };
+        let zstd = request.codecs.contains(&pbc::Codec::Zstd.into());
+        if !(-7..=19).contains(&request.compression_level) {
+            return Err(Failure::invalid(
+                "BAD_COMPRESSION_LEVEL",
+                format!("compression level is {}, -7 to 19 are allowed", request.compression_level),
+            ));
+        }
+        let level = if request.compression_level == 0 { 1 } else { request.compression_level };
+        Ok(Self {
+            position,
+            ranges: request.ranges,
+            compression_level: zstd.then_some(level),
+            digest,
+            chunk_bytes: usize::try_from(chunk_bytes).unwrap_or(1 << 20),
+            bytes_max: match request.bytes_max {
+                0 => CALL_BYTES_MAX,
+                n => n.min(CALL_BYTES_MAX),
+            },
+        })
+    }
+}
+
+/// The caller has gone; nobody reads what would still be sent.
+#[derive(Debug)]
+pub struct CallerGone;
+
+/// Reads one call's ranges.
+#[derive(Debug)]
+pub struct ChunkReader {
+    snapshot: Arc<dyn Snapshot>,
+    pool: Arc<BufferPool>,
+    plan: ReadPlan,
+    chunk: OpenChunk,
+    end: pb::ReadEnd,
+}
+
+#[derive(Debug, Default)]
+struct OpenChunk {
+    buffer: Vec<u8>,
+    filled: usize,
+    extents: Vec<pb::Extent>,
+}
+
+impl ChunkReader {
+    /// Prepares a call; nothing is read yet.
+    #[must_use]
+    pub fn new(snapshot: Arc<dyn Snapshot>, pool: Arc<BufferPool>, plan: ReadPlan) -> Self {
+        Self { snapshot, pool, plan, chunk: OpenChunk::default(), end: pb::ReadEnd::default() }
+    }
+
+    /// Reads all ranges up to the call's bounds and hands each frame to `emit`, which blocks while
+    /// the caller is slow.
+    pub fn run(
+        mut self,
+        emit: &mut dyn FnMut(Frame) -> Result<(), CallerGone>,
+    ) -> Result<(), CallerGone> {
+        let deadline = Instant::now() + CALL_DURATION_MAX;
+        let ranges = std::mem::take(&mut self.plan.ranges);
+        let mut open: Option<(u64, Box<dyn FileReader>)> = None;
+        let mut stopped = false;
+        for (index, range) in ranges.iter().enumerate() {
+            if stopped {
+                break;
+            }
+            let outcome = self.read_range(range, &mut open, deadline, emit)?;
+            match outcome {
+                Ok(Progress::Finished) => self.end.ranges_done += 1,
+                Ok(Progress::Stopped { done }) => {
+                    self.end.offset_done = done;
+                    stopped = true;
+                }
+                Err(failure) => {
+                    open = None;
+                    self.flush(emit)?;
+                    emit(Frame::Failure(pb::RangeFailure {
+                        range: u32::try_from(index).unwrap_or(u32::MAX),
+                        file_id: range.file_id,
+                        failure: Some(failure.to_wire()),
+                    }))?;
+                    self.end.ranges_done += 1;
+                }
+            }
+        }
+        self.flush(emit)?;
+        emit(Frame::End(self.end))
+    }
+
+    fn read_range(
+        &mut self,
+        range: &pb::Range,
+        open: &mut Option<(u64, Box<dyn FileReader>)>,
+        deadline: Instant,
+        emit: &mut dyn FnMut(Frame) -> Result<(), CallerGone>,
+    ) -> Result<Result<Progress, Failure>, CallerGone> {
+        if open.as_ref().is_none_or(|(id, _)| *id != range.file_id) {
+            match self.snapshot.open_file(self.plan.position, FileId(range.file_id)) {
+                Ok(reader) => *open = Some((range.file_id, reader)),
+                Err(failure) => return Ok(Err(failure)),
+            }
+        }
+        let Some((_, reader)) = open.as_mut() else {
+            return Ok(Err(Failure::bug("no file is open")));
+        };
+        let end = range.offset + range.length;
+        if end > reader.size() {
+            let text = format!(
+                "range of file {} ends at {end}, the file has {} bytes",
+                range.file_id,
+                reader.size()
+            );
+            return Ok(Err(Failure::new(tonic::Code::OutOfRange, "BAD_RANGE", text)));
+        }
+        // A large range starts on a buffer of its own, so that its writes stay aligned.
+        if range.length >= self.plan.chunk_bytes as u64 {
+            self.flush(emit)?;
+        }
+        let mut offset = range.offset;
+        while offset < end {
+            if self.sent_enough() || Instant::now() >= deadline {
+                return Ok(Ok(Progress::Stopped { done: offset - range.offset }));
+            }
+            match self.read_some(range.file_id, reader.as_mut(), offset, end) {
+                Ok(next) => offset = next,
+                Err(failure) => return Ok(Err(failure)),
+            }
+            if self.chunk.filled == self.plan.chunk_bytes || self.chunk.extents.len() >= EXTENTS_MAX
+            {
+                self.flush(emit)?;
+            }
+        }
+        Ok(reader.check_unchanged().map(|()| Progress::Finished))
+    }
+
+    /// Reads up to the end of the span or of the buffer; returns where to go on.
+    fn read_some(
+        &mut self,
+        file_id: u64,
+        reader: &mut dyn FileReader,
+        offset: u64,
+        end: u64,
+    ) -> Result<u64, Failure> {
+        let span = reader.span(offset, end)?;
+        if span.end <= offset || span.end > end {
+            return Err(Failure::bug(format!("span at {offset} ends at {}", span.end)));
+        }
+        let mut length = span.end - offset;
+        if span.hole {
+            self.end.hole_bytes += length;
+        } else {
+            if self.chunk.buffer.is_empty() {
+                self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
+            }
+            let room = &mut self.chunk.buffer[self.chunk.filled..];
+            length = length.min(room.len() as u64);
+            let take = usize::try_from(length).unwrap_or(room.len());
+            reader.read_exact_at(&mut room[..take], offset)?;
+            self.chunk.filled += take;
+            self.end.raw_bytes += length;
+        }
+        match self.chunk.extents.last_mut() {
+            Some(last)
+                if last.file_id == file_id
+                    && last.hole == span.hole
+                    && last.offset + last.length == offset =>
+            {
+                last.length += length;
+            }
+            _ => self.chunk.extents.push(pb::Extent { file_id, offset, length, hole: span.hole }),
+        }
+        Ok(offset + length)
+    }
+
+    fn sent_enough(&self) -> bool {
+        self.end.raw_bytes >= self.plan.bytes_max
+    }
+
+    /// Sends what the buffer holds.
+    fn flush(
+        &mut self,
+        emit: &mut dyn FnMut(Frame) -> Result<(), CallerGone>,
+    ) -> Result<(), CallerGone> {
+        let chunk = std::mem::take(&mut self.chunk);
+        if chunk.extents.is_empty() {
+            self.pool.give_back(chunk.buffer);
+            return Ok(());
+        }
+        let raw = &chunk.buffer[..chunk.filled];
+        let crc32c = crc32c::crc32c(raw);
+        let digest = if self.plan.digest {
+            Bytes::copy_from_slice(&xxhash_rust::xxh3::xxh3_128(raw).to_be_bytes())
+        } else {
+            Bytes::new()
+        };
+        let compressed = self.plan.compression_level.and_then(|level| {
+            zstd::bulk::compress(raw, level)
+                .ok()
+                .filter(|c| c.len() * SHRINK_DENOMINATOR <= raw.len() * SHRINK_NUMERATOR)
+        });
+        let (codec, payload) = match compressed {
+            Some(compressed) => {
+                self.pool.give_back(chunk.buffer);
+                (pbc::Codec::Zstd, Bytes::from(compressed))
+            }
+            None => (pbc::Codec::None, self.pool.freeze(chunk.buffer, chunk.filled)),
+        };
+        self.end.payload_bytes += payload.len() as u64;
+        let header = pb::Chunk {
+            stage: self.plan.position.stage.to_wire().into(),
+            round: self.plan.position.round,
+            codec: codec.into(),
+            raw_length: u32::try_from(chunk.filled).unwrap_or(u32::MAX),
+            crc32c,
+            digest,
+            extents: chunk.extents,
+            payload: Bytes::new(),
+        };
+        emit(Frame::Chunk(header, payload))
+    }
+}
+
+enum Progress {
+    Finished,
+    Stopped { done: u64 },
+}
+
+/// Buffers that are used again: a fresh megabyte costs a page fault for each of its pages.
+#[derive(Debug, Default)]
+pub struct BufferPool {
+    free: Mutex<Vec<Vec<u8>>>,
+}
+
+/// Most buffers that wait for use: one for each stream of a clone and what its queue holds.
+const FREE_BUFFERS_MAX: usize = 16;
+
+impl BufferPool {
+    fn take(&self, length: usize) -> Vec<u8> {
+        let mut buffer =
+            self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        if buffer.len() != length {
+            buffer.resize(length, 0);
+        }
+        buffer
+    }
+
+    fn give_back(&self, buffer: Vec<u8>) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if !buffer.is_empty() && free.len() < FREE_BUFFERS_MAX {
+            free.push(buffer);
+        }
+    }
+
+    fn freeze(self: &Arc<Self>, buffer: Vec<u8>, filled: usize) -> Bytes {
+        if filled == 0 {
+            self.give_back(buffer);
+            return Bytes::new();
+        }
+        Bytes::from_owner(PooledBytes { buffer, filled, pool: Arc::clone(self) })
+    }
+}
+
+/// Bytes on their way out; their buffer returns to the pool once they are sent.
+struct PooledBytes {
+    buffer: Vec<u8>,
+    filled: usize,
+    pool: Arc<BufferPool>,
+}
+
+impl AsRef<[u8]> for PooledBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+}
+
+impl Drop for PooledBytes {
+    fn drop(&mut self) {
+        self.pool.give_back(std::mem::take(&mut self.buffer));
+    }
+}

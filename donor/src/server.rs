@@ -1,0 +1,118 @@
+//! The donor, put together: settings, engine, leases, service, drain.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use marcot_common::{
+    access::Rule,
+    config::Loaded,
+    connection::{Identity, Privilege},
+    login::server::KeyDirectory,
+    server::{Daemon, Problem, Role, ServerOptions, default_spool_directory},
+    shutdown::Shutdown,
+    telemetry::metrics::Metrics,
+};
+use marcot_engine::{EngineConfig, open_engine};
+
+use crate::{
+    api::{self, Api},
+    body::ZeroCopyService,
+    lease::Leases,
+    metrics::DonorMetrics,
+};
+
+/// The donor's name, service and access rules.
+pub const ROLE: Role = Role {
+    name: "donor",
+    service: "marcot.donor.v1.DonorService",
+    rules: &[
+        ("/marcot.donor.v1.DonorService/ListSnapshots", Rule::Needs(Privilege::Monitor)),
+        ("/marcot.donor.v1.DonorService/", Rule::Needs(Privilege::BackupAdmin)),
+    ],
+};
+
+/// Serves a live database's data directory to recipients.
+///
+/// Every option can be given in the environment (as --help shows) or in a TOML file (--config).
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "marcot-donor", version = marcot_common::config::VERSION_WITH_COMMIT)]
+pub struct Settings {
+    /// The data directory that is cloned.
+    #[arg(long, value_name = "DIR", env = "MARCOT_DATA_DIRECTORY")]
+    pub data_directory: PathBuf,
+    /// Address to take calls on; not loopback only with --accounts.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4407", env = "MARCOT_LISTEN")]
+    pub listen: SocketAddr,
+    /// How the data directory is read: `files` for one that nobody writes.
+    #[arg(long, default_value = "files", env = "MARCOT_ENGINE")]
+    pub engine: String,
+    /// Directory for lists and other temporary files [default: $TMPDIR or /var/tmp].
+    #[arg(long, value_name = "DIR", env = "MARCOT_SPOOL_DIRECTORY")]
+    pub spool_directory: Option<PathBuf>,
+    /// Most snapshots at one time; one more is refused, and told when to try again.
+    #[arg(long, default_value_t = 8, env = "MARCOT_SNAPSHOTS_MAX",
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub snapshots_max: u16,
+    /// What both daemons have.
+    #[command(flatten)]
+    pub server: ServerOptions,
+}
+
+/// Runs a donor until it is told to end.
+pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
+    let Loaded { args: settings, effective } = loaded;
+    let prepared = settings.server.prepare(settings.listen).map_err(Problem::Settings)?;
+    let config = EngineConfig {
+        engine: settings.engine.clone(),
+        data_directory: settings.data_directory.clone(),
+        spool_directory: settings.spool_directory.clone().unwrap_or_else(default_spool_directory),
+    };
+    let engine = open_engine(&config).map_err(|e| Problem::Settings(vec![e.message]))?;
+    if settings.server.config.check_config {
+        print!("{effective}");
+        return Ok(());
+    }
+    let telemetry = settings.server.init_telemetry(ROLE)?;
+    let shutdown = Shutdown::on_signals(None).map_err(|e| Problem::Running(e.to_string()))?;
+    let leases = Arc::new(Leases::new(engine, settings.snapshots_max.into()));
+    let identity =
+        api::Identity { accounts: prepared.accounts.is_some(), tls: prepared.tls.is_some() };
+    let api = Api::new(Arc::clone(&leases), identity);
+    let metrics = Arc::new(Metrics::new(ROLE.name));
+    DonorMetrics::register(&metrics, &leases, &api);
+    let expiry = tokio::spawn(Arc::clone(&leases).expire(shutdown.stop.clone()));
+    let daemon = Daemon { role: ROLE, options: settings.server, prepared, metrics, shutdown };
+    let drain = drain(&leases);
+    let service = ZeroCopyService::new(api);
+    let served = daemon
+        .serve(
+            settings.listen,
+            Arc::clone(&leases) as Arc<dyn KeyDirectory>,
+            |routes| {
+                routes.add_service(service);
+            },
+            drain,
+        )
+        .await;
+    // Ends every snapshot, so that nothing is held when the process is gone.
+    drop(expiry.await);
+    telemetry.shutdown();
+    Ok(served?)
+}
+
+/// Refuses new snapshots, and waits until those that are held have been closed.
+async fn drain(leases: &Leases) {
+    leases.drain();
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    while leases.is_busy() {
+        tick.tick().await;
+    }
+}
+
+impl KeyDirectory for Leases {
+    fn find(&self, snapshot: &str) -> Option<([u8; 32], Identity)> {
+        let held = self.all().into_iter().find(|held| held.name == snapshot)?;
+        let user = held.request.caller.user.clone()?;
+        let identity = Identity { user, privileges: vec![Privilege::BackupAdmin], snapshot: None };
+        Some((held.request.public_key, identity))
+    }
+}
