@@ -1,1 +1,28 @@
-//! Placeholder.
+//! The recipient: pulls a data directory from a donor, writes, verifies and installs it.
+//!
+//! ```text
+//! api -> job -> preflight -> list -> plan -> fetch -> staging -> verify -> install
+//!                  |                          |
+//!              donor_client <---- source ---> engine in process (CLONE LOCAL)
+//! ```
+//! `job::CloneJob::run` names every stage of a clone in order.
+
+pub mod api;
+pub mod cli;
+pub mod donor_client;
+pub mod fetch;
+pub mod install;
+pub mod job;
+pub mod list;
+pub mod metrics;
+pub mod plan;
+pub mod preflight;
+pub mod progress;
+pub mod request;
+pub mod server;
+pub mod settings;
+pub mod source;
+pub mod staging;
+pub mod target;
+pub mod verify;
+pub mod writer;

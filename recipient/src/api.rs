@@ -1,0 +1,297 @@
+//! The recipient's gRPC handlers: decode, call, encode; no decisions.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures::Stream;
+use marcot_common::{access, failure::Failure, telemetry, time};
+use marcot_proto::recipient::v1::{
+    self as pb, recipient_service_server::RecipientService, validate_clone_request,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    job::{
+        registry::{Clones, Origin},
+        status::is_final,
+    },
+    preflight,
+    request::CloneRequest,
+};
+
+/// Clones in a page unless asked otherwise, and at the most.
+const PAGE_DEFAULT: usize = 50;
+const PAGE_MAX: usize = 1000;
+
+/// Least and most time between two messages of a watch, and unless asked otherwise.
+const INTERVAL_MIN: Duration = Duration::from_millis(100);
+const INTERVAL_MAX: Duration = Duration::from_secs(60);
+const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
+
+/// The recipient's service.
+#[derive(Debug, Clone)]
+pub struct Api {
+    clones: Arc<Clones>,
+}
+
+impl Api {
+    /// Serves `clones`.
+    #[must_use]
+    pub fn new(clones: Arc<Clones>) -> Self {
+        Self { clones }
+    }
+
+    fn start<T>(
+        &self,
+        request: &Request<T>,
+        checked: CloneRequest,
+    ) -> Result<Option<pb::Clone>, Status> {
+        require_privilege(request, &checked)?;
+        let origin = Origin {
+            user: access::caller(request).user.unwrap_or_default(),
+            trace_id: telemetry::propagation::current_trace_id().unwrap_or_default(),
+        };
+        crate::target::check_first(&checked, self.clones.settings())?;
+        Ok(Some(self.clones.start(checked, origin)?))
+    }
+}
+
+/// A clone that replaces the server's own data needs CLONE_ADMIN; all others BACKUP_ADMIN, which
+/// is checked before a handler is called.
+fn require_privilege<T>(request: &Request<T>, checked: &CloneRequest) -> Result<(), Status> {
+    if checked.replaces {
+        access::require(request, access::Privilege::CloneAdmin)?;
+    } else {
+        access::require(request, access::Privilege::BackupAdmin)?;
+    }
+    Ok(())
+}
+
+/// A password in a request must not have crossed a network in clear.
+fn refuse_bare_secret<T>(request: &Request<T>) -> Result<(), Failure> {
+    if access::is_confidential(request) {
+        return Ok(());
+    }
+    Err(Failure::precondition(
+        "SECRET_IN_CLEAR",
+        "a password came over an unencrypted connection that is no loopback; change it, and connect \
+         to the recipient with TLS",
+    )
+    .mysql(3159))
+}
+
+type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl RecipientService for Api {
+    async fn clone_instance(
+        &self,
+        request: Request<pb::CloneInstanceRequest>,
+    ) -> Result<Response<pb::CloneInstanceResponse>, Status> {
+        if !request.get_ref().password.is_empty() {
+            refuse_bare_secret(&request)?;
+        }
+        let message = request.get_ref().clone();
+        let checked = CloneRequest::from_instance(message, self.clones.settings())?;
+        let clone = self.start(&request, checked)?;
+        Ok(Response::new(pb::CloneInstanceResponse { clone }))
+    }
+
+    async fn clone_local(
+        &self,
+        request: Request<pb::CloneLocalRequest>,
+    ) -> Result<Response<pb::CloneLocalResponse>, Status> {
+        let message = request.get_ref().clone();
+        let checked = CloneRequest::from_local(message, self.clones.settings())?;
+        let clone = self.start(&request, checked)?;
+        Ok(Response::new(pb::CloneLocalResponse { clone }))
+    }
+
+    async fn clone_statement(
+        &self,
+        request: Request<pb::CloneStatementRequest>,
+    ) -> Result<Response<pb::CloneStatementResponse>, Status> {
+        refuse_bare_secret(&request)?;
+        let message = request.get_ref().clone();
+        let checked = CloneRequest::from_statement(message, self.clones.settings())?;
+        let clone = self.start(&request, checked)?;
+        Ok(Response::new(pb::CloneStatementResponse { clone }))
+    }
+
+    async fn validate_clone(
+        &self,
+        request: Request<pb::ValidateCloneRequest>,
+    ) -> Result<Response<pb::ValidateCloneResponse>, Status> {
+        use validate_clone_request::Request as Kind;
+        let settings = self.clones.settings();
+        if !matches!(request.get_ref().request, Some(Kind::CloneLocal(_))) {
+            refuse_bare_secret(&request)?;
+        }
+        let checked = match request.get_ref().request.clone() {
+            Some(Kind::CloneInstance(message)) => CloneRequest::from_instance(message, settings)?,
+            Some(Kind::CloneLocal(message)) => CloneRequest::from_local(message, settings)?,
+            Some(Kind::CloneStatement(message)) => CloneRequest::from_statement(message, settings)?,
+            None => {
+                let text = "a request to validate is required";
+                return Err(Failure::invalid("NO_REQUEST", text).into());
+            }
+        };
+        require_privilege(&request, &checked)?;
+        let id = uuid::Uuid::now_v7().to_string();
+        let report = preflight::inspect(&checked, settings, &id, None).await;
+        let (findings, valid) = report.close().await;
+        Ok(Response::new(pb::ValidateCloneResponse { findings, valid }))
+    }
+
+    async fn get_clone(
+        &self,
+        request: Request<pb::GetCloneRequest>,
+    ) -> Result<Response<pb::GetCloneResponse>, Status> {
+        let clone = self.clones.get(&request.into_inner().name)?;
+        Ok(Response::new(pb::GetCloneResponse { clone: Some(clone) }))
+    }
+
+    async fn list_clones(
+        &self,
+        request: Request<pb::ListClonesRequest>,
+    ) -> Result<Response<pb::ListClonesResponse>, Status> {
+        let request = request.into_inner();
+        let count = match usize::try_from(request.page_size) {
+            Ok(0) => PAGE_DEFAULT,
+            Ok(n) => n.min(PAGE_MAX),
+            Err(_) => {
+                let text =
+                    format!("page_size is {}, 0 to {PAGE_MAX} are allowed", request.page_size);
+                return Err(Failure::invalid("BAD_PAGE_SIZE", text).into());
+            }
+        };
+        let token = request.page_token;
+        if !token.is_empty() && !token.starts_with("clones/") {
+            return Err(Failure::invalid("BAD_PAGE_TOKEN", "page_token is from no answer").into());
+        }
+        let before = Some(token.as_str()).filter(|token| !token.is_empty());
+        let mut clones = self.clones.list(before, count + 1);
+        let more = clones.len() > count;
+        clones.truncate(count);
+        let next = clones.last().filter(|_| more).map(|clone| clone.name.clone());
+        Ok(Response::new(pb::ListClonesResponse {
+            clones,
+            next_page_token: next.unwrap_or_default(),
+        }))
+    }
+
+    type WatchCloneStream = MessageStream<pb::WatchCloneResponse>;
+
+    async fn watch_clone(
+        &self,
+        request: Request<pb::WatchCloneRequest>,
+    ) -> Result<Response<Self::WatchCloneStream>, Status> {
+        let request = request.into_inner();
+        let interval = match request.interval {
+            None => INTERVAL_DEFAULT,
+            Some(interval) => time::duration_from_wire(interval)?.clamp(INTERVAL_MIN, INTERVAL_MAX),
+        };
+        let (clone, changes) = self.clones.watch(&request.name)?;
+        // One message waits; a slow watcher misses states in between, never the last one.
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(watch(clone, changes, interval, request.resume_token, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn cancel_clone(
+        &self,
+        request: Request<pb::CancelCloneRequest>,
+    ) -> Result<Response<pb::CancelCloneResponse>, Status> {
+        let clone = self.clones.cancel(&request.into_inner().name)?;
+        Ok(Response::new(pb::CancelCloneResponse { clone: Some(clone) }))
+    }
+
+    async fn pause_clone(
+        &self,
+        _: Request<pb::PauseCloneRequest>,
+    ) -> Result<Response<pb::PauseCloneResponse>, Status> {
+        Err(Failure::unimplemented("PauseClone").into())
+    }
+
+    async fn resume_clone(
+        &self,
+        _: Request<pb::ResumeCloneRequest>,
+    ) -> Result<Response<pb::ResumeCloneResponse>, Status> {
+        Err(Failure::unimplemented("ResumeClone").into())
+    }
+
+    async fn update_clone_limits(
+        &self,
+        _: Request<pb::UpdateCloneLimitsRequest>,
+    ) -> Result<Response<pb::UpdateCloneLimitsResponse>, Status> {
+        Err(Failure::unimplemented("UpdateCloneLimits").into())
+    }
+
+    async fn rollback_clone(
+        &self,
+        _: Request<pb::RollbackCloneRequest>,
+    ) -> Result<Response<pb::RollbackCloneResponse>, Status> {
+        Err(Failure::unimplemented("RollbackClone").into())
+    }
+
+    async fn accept_clone(
+        &self,
+        _: Request<pb::AcceptCloneRequest>,
+    ) -> Result<Response<pb::AcceptCloneResponse>, Status> {
+        Err(Failure::unimplemented("AcceptClone").into())
+    }
+
+    async fn verify_clone(
+        &self,
+        _: Request<pb::VerifyCloneRequest>,
+    ) -> Result<Response<pb::VerifyCloneResponse>, Status> {
+        Err(Failure::unimplemented("VerifyClone").into())
+    }
+}
+
+/// Sends a clone whenever it has changed, until it has ended or the watcher has gone.
+async fn watch(
+    mut clone: pb::Clone,
+    mut changes: Option<tokio::sync::watch::Receiver<pb::Clone>>,
+    interval: Duration,
+    resume_token: String,
+    sender: mpsc::Sender<Result<pb::WatchCloneResponse, Status>>,
+) {
+    let mut known = resume_token;
+    loop {
+        let token = token_of(&clone);
+        let last = is_final(clone.state);
+        if token != known || last {
+            let message =
+                pb::WatchCloneResponse { clone: Some(clone), resume_token: token.clone() };
+            if sender.send(Ok(message)).await.is_err() || last {
+                return;
+            }
+            known = token;
+        }
+        let Some(changes) = &mut changes else { return };
+        let pause = tokio::time::sleep(interval);
+        tokio::pin!(pause);
+        // The end of a clone is told at once; everything else at most once an interval.
+        loop {
+            tokio::select! {
+                () = &mut pause => break,
+                () = sender.closed() => return,
+                changed = changes.changed() => {
+                    let ended = is_final(changes.borrow_and_update().state);
+                    if changed.is_err() || ended {
+                        break;
+                    }
+                }
+            }
+        }
+        clone = changes.borrow_and_update().clone();
+    }
+}
+
+/// A digest of a clone's state: equal tokens, equal states.
+fn token_of(clone: &pb::Clone) -> String {
+    use prost::Message as _;
+    format!("{:08x}", crc32c::crc32c(&clone.encode_to_vec()))
+}

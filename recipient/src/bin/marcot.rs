@@ -1,0 +1,8 @@
+//! The command line's program.
+
+use std::process::ExitCode;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    marcot_recipient::cli::run().await
+}

@@ -1,0 +1,229 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Clones a live database's data directory from a donor onto a recipient.
+#[derive(Debug, Parser)]
+#[command(name = "marcot", version = marcot_common::config::VERSION_WITH_COMMIT)]
+pub(super) struct Arguments {
+    /// The recipient: HOST:PORT; with https:// TLS is required, with http:// it is not used.
+    #[arg(
+        long,
+        global = true,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:4406",
+        env = "MARCOT_RECIPIENT"
+    )]
+    pub(super) recipient: String,
+    /// Account on the recipient, where it has accounts.
+    #[arg(long, global = true, env = "MARCOT_USER")]
+    pub(super) user: Option<String>,
+    /// File with the account's password [default: $MARCOT_PASSWORD, or a prompt].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) password_file: Option<PathBuf>,
+    /// CA of the recipient's certificate; requires TLS.
+    #[arg(long, global = true, value_name = "FILE", env = "MARCOT_CA_FILE")]
+    pub(super) ca_file: Option<PathBuf>,
+    /// SHA-256 fingerprint of the recipient's certificate; requires TLS.
+    #[arg(long, global = true, value_name = "SHA256")]
+    pub(super) fingerprint: Option<String>,
+    /// Certificate to show the recipient.
+    #[arg(long, global = true, value_name = "FILE", requires = "key")]
+    pub(super) cert: Option<PathBuf>,
+    /// Its private key.
+    #[arg(long, global = true, value_name = "FILE", requires = "cert")]
+    pub(super) key: Option<PathBuf>,
+    /// How results are printed.
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    pub(super) output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For a person.
+    Text,
+    /// One JSON document.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a CLONE statement, as in MySQL.
+    Sql {
+        /// The statement; - reads it from standard input, out of the shell's history.
+        statement: String,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+    /// Clone from a donor (CLONE INSTANCE).
+    Clone {
+        #[command(flatten)]
+        donor: DonorOptions,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+    /// Clone the recipient's own data directory (CLONE LOCAL).
+    Local {
+        /// The new data directory, absolute.
+        #[arg(long, value_name = "DIR")]
+        data_directory: PathBuf,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+    /// Check everything that a clone would check first, and change nothing.
+    Validate {
+        #[command(subcommand)]
+        what: ValidateCommand,
+    },
+    /// List clones, newest first.
+    List {
+        /// Most clones to list.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=1000))]
+        count: i32,
+    },
+    /// Show one clone.
+    Get {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+    },
+    /// Watch a clone to its end; Ctrl-C leaves, and the clone goes on.
+    Watch {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+    },
+    /// Cancel a clone and wait for its end.
+    Cancel {
+        /// Name or id.
+        name: String,
+    },
+    /// Manage an accounts file.
+    Account {
+        #[command(subcommand)]
+        what: AccountCommand,
+    },
+    /// Print completions for a shell.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages.
+    #[command(hide = true)]
+    Man {
+        /// Where they go.
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ValidateCommand {
+    /// Check a CLONE statement.
+    Sql {
+        /// The statement; - reads it from standard input.
+        statement: String,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+    /// Check a clone from a donor.
+    Clone {
+        #[command(flatten)]
+        donor: DonorOptions,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+    /// Check a local clone.
+    Local {
+        /// The new data directory, absolute.
+        #[arg(long, value_name = "DIR")]
+        data_directory: PathBuf,
+        #[command(flatten)]
+        start: StartOptions,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum AccountCommand {
+    /// Add an account; its password comes from a prompt, or as one line of standard input.
+    Add {
+        /// Name, as in 'NAME'@'host'.
+        name: String,
+        /// The accounts file; it is made if there is none.
+        #[arg(long, value_name = "FILE")]
+        accounts: PathBuf,
+        /// BACKUP_ADMIN (be cloned from), CLONE_ADMIN (replace data) or MONITOR (look).
+        #[arg(long, required = true, value_name = "PRIVILEGE")]
+        privilege: Vec<marcot_common::connection::Privilege>,
+    },
+    /// List accounts.
+    List {
+        /// The accounts file.
+        #[arg(long, value_name = "FILE")]
+        accounts: PathBuf,
+    },
+    /// Remove an account.
+    Remove {
+        /// Name.
+        name: String,
+        /// The accounts file.
+        #[arg(long, value_name = "FILE")]
+        accounts: PathBuf,
+    },
+}
+
+/// The donor, and how to reach it.
+#[derive(Debug, Args)]
+pub(super) struct DonorOptions {
+    /// HOST:PORT or [IPV6]:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub(super) donor: String,
+    /// Account on the donor.
+    #[arg(long, value_name = "NAME")]
+    pub(super) donor_user: String,
+    /// File with its password [default: $MARCOT_DONOR_PASSWORD, or a prompt].
+    #[arg(long, value_name = "FILE")]
+    pub(super) donor_password_file: Option<PathBuf>,
+    /// The new data directory, absolute; without it the recipient's own is seeded.
+    #[arg(long, value_name = "DIR")]
+    pub(super) data_directory: Option<PathBuf>,
+    /// Encrypted and verified, or an error (REQUIRE SSL).
+    #[arg(long, conflicts_with = "require_no_ssl")]
+    pub(super) require_ssl: bool,
+    /// Plaintext (REQUIRE NO SSL).
+    #[arg(long)]
+    pub(super) require_no_ssl: bool,
+}
+
+/// What every clone can be started with.
+#[derive(Debug, Args)]
+pub(super) struct StartOptions {
+    /// Start the clone, print it, and leave.
+    #[arg(long)]
+    pub(super) detach: bool,
+    /// SHA-256 fingerprint of the donor's certificate, as the donor prints it at start.
+    #[arg(long, value_name = "SHA256")]
+    pub(super) donor_fingerprint: Option<String>,
+    /// Compress with zstd at this level, -7 to 19.
+    #[arg(long, value_name = "LEVEL", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i32).range(-7..=19))]
+    pub(super) compression: Option<i32>,
+    /// Owner and group of all files, USER:GROUP [default: as the directory they stand in].
+    #[arg(long, conflicts_with = "preserve_owners")]
+    pub(super) owner: Option<String>,
+    /// Keep the donor's numeric owners and groups.
+    #[arg(long)]
+    pub(super) preserve_owners: bool,
+    /// Streams, 1 to 128 [default: the recipient's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub(super) concurrency: Option<u32>,
+    /// An id of yours: the same id again is the same clone.
+    #[arg(long, value_name = "ID")]
+    pub(super) request_id: Option<String>,
+}

@@ -1,0 +1,123 @@
+//! Results as JSON: names as in the .proto files, times as in RFC 3339, paths as text.
+
+use jiff::Timestamp;
+use marcot_common::{accounts::Account, time::system_time};
+use marcot_proto::recipient::v1::{
+    Clone, Finding, FindingStatus, StageProgress, State, ValidateCloneResponse,
+};
+use serde_json::{Value, json};
+
+use super::output::stage_name;
+
+pub(super) fn print(value: &Value) {
+    println!("{value:#}");
+}
+
+pub(super) fn clones(clones: &[Clone]) -> Value {
+    json!({ "clones": clones.iter().map(clone).collect::<Vec<_>>() })
+}
+
+pub(super) fn clone(clone: &Clone) -> Value {
+    json!({
+        "name": clone.name,
+        "state": state(clone.state),
+        "begin_time": clone.begin_time.map(time),
+        "end_time": clone.end_time.map(time),
+        "source": clone.source,
+        "destination": String::from_utf8_lossy(&clone.destination),
+        "statement": clone.statement,
+        "request_id": clone.request_id,
+        "user": clone.user,
+        "error": clone.error.as_ref().map(|error| json!({
+            "error_number": error.error_number,
+            "reason": error.reason,
+            "message": error.message,
+            "metadata": error.metadata,
+        })),
+        "consistency_level": clone
+            .consistency_level()
+            .as_str_name()
+            .trim_start_matches("CONSISTENCY_LEVEL_")
+            .to_lowercase(),
+        "coordinates": clone.coordinates.as_ref().map(|at| json!({
+            "binlog_file": String::from_utf8_lossy(&at.binlog_file),
+            "binlog_position": at.binlog_position,
+            "gtid_executed": at.gtid_executed,
+            "lsn": at.lsn,
+        })),
+        "stages": clone.stages.iter().map(stage).collect::<Vec<_>>(),
+        "encrypted": clone.encrypted,
+        "cipher": clone.cipher,
+        "donor_fingerprint": hexadecimal(&clone.donor_fingerprint),
+        "donor_version": clone.donor_version,
+        "eta_seconds": clone.eta.map(|eta| eta.seconds),
+        "stall_reason": clone.stall_reason,
+        "files_expected": clone.files_expected,
+        "files_copied": clone.files_copied,
+        "verified_bytes": clone.verified_bytes,
+        "resent_bytes": clone.resent_bytes,
+        "reused_bytes": clone.reused_bytes,
+        "retries": clone.retries,
+        "last_retry_cause": clone.last_retry_cause,
+        "left_out": clone.left_out,
+        "trace_id": clone.trace_id,
+    })
+}
+
+fn stage(row: &StageProgress) -> Value {
+    json!({
+        "stage": stage_name(row.stage),
+        "state": state(row.state),
+        "begin_time": row.begin_time.map(time),
+        "end_time": row.end_time.map(time),
+        "threads": row.threads,
+        "round": row.round,
+        "estimate_bytes": row.estimate_bytes,
+        "estimate_growing": row.estimate_growing,
+        "data_bytes": row.data_bytes,
+        "network_bytes": row.network_bytes,
+        "data_speed": row.data_speed,
+        "network_speed": row.network_speed,
+    })
+}
+
+pub(super) fn findings(answer: &ValidateCloneResponse) -> Value {
+    let finding = |finding: &Finding| {
+        let status = FindingStatus::try_from(finding.status).unwrap_or_default();
+        json!({
+            "check": finding.check,
+            "status": status.as_str_name().trim_start_matches("FINDING_STATUS_").to_lowercase(),
+            "error_number": finding.error_number,
+            "reason": finding.reason,
+            "message": finding.message,
+            "action": finding.action,
+        })
+    };
+    json!({
+        "valid": answer.valid,
+        "findings": answer.findings.iter().map(finding).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) fn accounts(accounts: &[Account]) -> Value {
+    let account = |account: &Account| {
+        let privileges: Vec<_> = account.privileges.iter().map(ToString::to_string).collect();
+        json!({ "name": account.name, "privileges": privileges, "created": account.created })
+    };
+    json!({ "accounts": accounts.iter().map(account).collect::<Vec<_>>() })
+}
+
+fn state(state: i32) -> String {
+    let state = State::try_from(state).unwrap_or_default();
+    state.as_str_name().trim_start_matches("STATE_").to_lowercase()
+}
+
+/// RFC 3339 with milliseconds.
+pub(super) fn time(timestamp: prost_types::Timestamp) -> String {
+    let time = Timestamp::try_from(system_time(timestamp)).unwrap_or_default();
+    time.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

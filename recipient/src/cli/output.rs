@@ -1,0 +1,211 @@
+//! Results on standard output, as text or JSON; failures on standard error.
+
+use marcot_common::{accounts::Account, failure::Failure, time::system_time};
+use marcot_proto::{
+    common::v1::Stage,
+    recipient::v1::{Clone, Finding, FindingStatus, State, ValidateCloneResponse},
+};
+
+use super::json;
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Output {
+    pub(super) json: bool,
+}
+
+impl Output {
+    pub(super) fn clone(self, clone: &Clone) {
+        if self.json {
+            json::print(&json::clone(clone));
+            return;
+        }
+        let state = state_name(clone.state);
+        let destination = String::from_utf8_lossy(&clone.destination);
+        println!("{}  {state}", clone.name);
+        println!("  {} -> {destination}", clone.source);
+        println!("  {}", clone.statement);
+        println!(
+            "  {:<11} {:<12} {:<24} {:>9} {:>12} {:>12} {:>12}",
+            "STAGE", "STATE", "BEGIN", "SECONDS", "ESTIMATE", "DATA", "NETWORK"
+        );
+        for row in &clone.stages {
+            println!(
+                "  {:<11} {:<12} {:<24} {:>9} {:>12} {:>12} {:>12}",
+                stage_name(row.stage),
+                state_name(row.state),
+                time(row.begin_time),
+                seconds(row.begin_time, row.end_time),
+                row.estimate_bytes,
+                row.data_bytes,
+                row.network_bytes,
+            );
+        }
+        println!("  {}", summary(clone));
+        for (reason, count) in &clone.left_out {
+            println!("  left out: {count} of kind {reason}");
+        }
+    }
+
+    pub(super) fn list(self, clones: &[Clone]) {
+        if self.json {
+            json::print(&json::clones(clones));
+            return;
+        }
+        println!("{:<43} {:<12} {:<24} {:<24} DESTINATION", "NAME", "STATE", "BEGIN", "SOURCE");
+        for clone in clones {
+            println!(
+                "{:<43} {:<12} {:<24} {:<24} {}",
+                clone.name,
+                state_name(clone.state),
+                time(clone.begin_time),
+                clone.source,
+                String::from_utf8_lossy(&clone.destination),
+            );
+        }
+    }
+
+    pub(super) fn findings(self, answer: &ValidateCloneResponse) {
+        if self.json {
+            json::print(&json::findings(answer));
+            return;
+        }
+        for finding in &answer.findings {
+            println!("{}", finding_line(finding));
+        }
+        println!("{}", if answer.valid { "valid" } else { "not valid" });
+    }
+
+    pub(super) fn accounts(self, accounts: &[Account]) {
+        if self.json {
+            json::print(&json::accounts(accounts));
+            return;
+        }
+        println!("{:<32} {:<40} CREATED", "NAME", "PRIVILEGES");
+        for account in accounts {
+            let privileges: Vec<_> = account.privileges.iter().map(ToString::to_string).collect();
+            println!("{:<32} {:<40} {}", account.name, privileges.join(","), account.created);
+        }
+    }
+}
+
+/// Says what failed, with MySQL's number and every broken precondition.
+pub(super) fn print_failure(failure: &Failure) {
+    eprintln!("marcot: {}", failure.message);
+    match failure.mysql_error {
+        Some(number) => eprintln!("  MySQL error {number} ({})", failure.reason),
+        None => eprintln!("  {}", failure.reason),
+    }
+    if failure.violations.len() > 1 {
+        for violation in &failure.violations {
+            eprintln!("  {}: {}", violation.check, violation.description);
+        }
+    }
+}
+
+fn finding_line(finding: &Finding) -> String {
+    let status = match finding.status() {
+        FindingStatus::Passed => "passed",
+        FindingStatus::Failed => "FAILED",
+        FindingStatus::NotChecked => "not checked",
+        FindingStatus::Warning => "warning",
+        FindingStatus::Unspecified => "unknown",
+    };
+    let number = match finding.error_number {
+        0 => String::new(),
+        number => format!(" ({number} {})", finding.reason),
+    };
+    let action = match finding.action.as_str() {
+        "" => String::new(),
+        action => format!("; {action}"),
+    };
+    format!("{status:<12} {:<18} {}{action}{number}", finding.check, finding.message)
+}
+
+fn summary(clone: &Clone) -> String {
+    let encrypted = match clone.encrypted {
+        Some(true) => format!(", encrypted ({})", clone.cipher),
+        Some(false) => ", not encrypted".to_owned(),
+        None => String::new(),
+    };
+    let elapsed = match (clone.begin_time, clone.end_time) {
+        (Some(begin), Some(end)) => {
+            system_time(end).duration_since(system_time(begin)).unwrap_or_default().as_secs_f64()
+        }
+        _ => 0.0,
+    };
+    let mut text = format!(
+        "{}: {} files, {} verified",
+        state_name(clone.state),
+        clone.files_copied,
+        human_bytes(clone.verified_bytes)
+    );
+    if elapsed > 0.0 {
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "shown with two decimals"
+        )]
+        let rate = (clone.verified_bytes as f64 / elapsed) as u64;
+        text.push_str(&format!(" in {elapsed:.1} s, {}/s", human_bytes(rate)));
+    }
+    if let Some(at) = &clone.coordinates {
+        text.push_str(&format!(
+            ", {}:{} {}",
+            String::from_utf8_lossy(&at.binlog_file),
+            at.binlog_position,
+            at.gtid_executed
+        ));
+    }
+    text + &encrypted
+}
+
+/// A state as in performance_schema.clone_status.
+pub(super) fn state_name(state: i32) -> String {
+    match State::try_from(state) {
+        Ok(state) => {
+            let name = state.as_str_name().trim_start_matches("STATE_").to_lowercase();
+            let words = name.split('_').map(|word| {
+                let mut letters = word.chars();
+                letters.next().map_or_else(String::new, |first| {
+                    first.to_uppercase().chain(letters).collect::<String>()
+                })
+            });
+            words.collect::<Vec<_>>().join(" ")
+        }
+        Err(_) => format!("state {state}"),
+    }
+}
+
+/// A stage as in performance_schema.clone_progress.
+pub(super) fn stage_name(stage: i32) -> String {
+    match Stage::try_from(stage) {
+        Ok(stage) => stage.as_str_name().trim_start_matches("STAGE_").replace('_', " "),
+        Err(_) => format!("stage {stage}"),
+    }
+}
+
+fn time(timestamp: Option<prost_types::Timestamp>) -> String {
+    timestamp.map(json::time).unwrap_or_default()
+}
+
+fn seconds(begin: Option<prost_types::Timestamp>, end: Option<prost_types::Timestamp>) -> String {
+    let (Some(begin), Some(end)) = (begin, end) else { return String::new() };
+    let took = system_time(end).duration_since(system_time(begin)).unwrap_or_default();
+    format!("{:.3}", took.as_secs_f64())
+}
+
+/// Bytes with a binary unit.
+pub(super) fn human_bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+/// Seconds as a person says them.
+pub(super) fn human_seconds(seconds: u64) -> String {
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s} s"),
+        (h, m, _) => format!("{h} h {m} min"),
+    }
+}

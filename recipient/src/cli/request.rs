@@ -1,0 +1,171 @@
+//! From what was typed to requests.
+
+use std::{io::Read as _, os::unix::ffi::OsStrExt as _, path::Path};
+
+use bytes::Bytes;
+use marcot_common::{
+    failure::Failure,
+    statement::{STATEMENT_BYTES_MAX, Statement},
+    tls::Fingerprint,
+};
+use marcot_proto::recipient::v1::{
+    CloneInstanceRequest, CloneLimits, CloneLocalRequest, CloneOptions, CloneStatementRequest,
+    Compression, SslMode,
+};
+
+use super::{
+    arguments::{DonorOptions, StartOptions},
+    secret,
+};
+
+/// Reads the statement that was typed, or piped.
+pub(super) fn read_statement(typed: &str) -> Result<String, Failure> {
+    if typed != "-" {
+        return Ok(typed.to_owned());
+    }
+    let mut text = String::new();
+    std::io::stdin()
+        .take(STATEMENT_BYTES_MAX as u64 + 1)
+        .read_to_string(&mut text)
+        .map_err(|e| Failure::io("read the statement from", Path::new("standard input"), &e))?;
+    Ok(text)
+}
+
+/// Finds a syntax error here, where it can be pointed at.
+pub(super) fn check_statement(text: &str) -> Result<(), Failure> {
+    let Err(error) = Statement::parse(text) else { return Ok(()) };
+    if let Some(line) = shown_line(text, error.line, error.column) {
+        eprintln!("{line}");
+        eprintln!("{}^", " ".repeat(error.column - 1));
+    }
+    Err(error.into())
+}
+
+/// The line with the error, if no secret can be in what is shown of it.
+fn shown_line(text: &str, line: usize, column: usize) -> Option<String> {
+    let line = text.lines().nth(line - 1)?;
+    let up_to: String = line.chars().take(column + 20).collect();
+    let before_line: usize = text.find(line)?;
+    let shown = &text[..before_line + up_to.len()];
+    let secret = shown.to_ascii_uppercase().contains("IDENT");
+    let quotes = up_to.chars().skip(column - 1).any(|c| matches!(c, '\'' | '"'));
+    (!secret && !quotes)
+        .then(|| up_to.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+}
+
+impl StartOptions {
+    /// For `CloneStatement`.
+    pub(super) fn statement(&self, statement: String) -> Result<CloneStatementRequest, Failure> {
+        Ok(CloneStatementRequest {
+            statement,
+            options: Some(self.options()),
+            donor_fingerprint: self.fingerprint()?,
+            compression: self.compression.map(|level| Compression { level }),
+        })
+    }
+
+    /// For `CloneLocal`.
+    pub(super) fn local(&self, data_directory: &Path) -> Result<CloneLocalRequest, Failure> {
+        Ok(CloneLocalRequest {
+            data_directory: path_bytes(data_directory),
+            options: Some(self.options()),
+        })
+    }
+
+    fn options(&self) -> CloneOptions {
+        CloneOptions {
+            request_id: self.request_id.clone().unwrap_or_default(),
+            owner: self.owner.clone().unwrap_or_default(),
+            preserve_owners: self.preserve_owners,
+            limits: self.concurrency.map(|concurrency| CloneLimits {
+                concurrency_max: Some(concurrency),
+                ..CloneLimits::default()
+            }),
+            ..CloneOptions::default()
+        }
+    }
+
+    fn fingerprint(&self) -> Result<Bytes, Failure> {
+        let Some(text) = &self.donor_fingerprint else { return Ok(Bytes::new()) };
+        let fingerprint = Fingerprint::parse(text).map_err(|e| {
+            Failure::invalid("BAD_FINGERPRINT", format!("--donor-fingerprint: {e}"))
+        })?;
+        Ok(Bytes::copy_from_slice(&fingerprint.0))
+    }
+}
+
+impl DonorOptions {
+    /// For `CloneInstance`; asks for the donor's password.
+    pub(super) fn instance(&self, start: &StartOptions) -> Result<CloneInstanceRequest, Failure> {
+        let (host, port) = host_and_port(&self.donor)?;
+        let ssl_mode = match (self.require_ssl, self.require_no_ssl) {
+            (true, _) => SslMode::Required,
+            (_, true) => SslMode::Disabled,
+            _ => SslMode::Unspecified,
+        };
+        let prompt = format!("Password of '{}' on the donor: ", self.donor_user);
+        let password =
+            secret::read(self.donor_password_file.as_deref(), "MARCOT_DONOR_PASSWORD", &prompt)?;
+        Ok(CloneInstanceRequest {
+            host,
+            port: port.into(),
+            user: self.donor_user.clone(),
+            password: password.to_string(),
+            data_directory: self.data_directory.as_deref().map(path_bytes).unwrap_or_default(),
+            ssl_mode: ssl_mode.into(),
+            donor_fingerprint: start.fingerprint()?,
+            compression: start.compression.map(|level| Compression { level }),
+            options: Some(start.options()),
+        })
+    }
+}
+
+/// Reads `HOST:PORT` or `[IPV6]:PORT`.
+pub(super) fn host_and_port(text: &str) -> Result<(String, u16), Failure> {
+    let bad = || {
+        let text = text.escape_debug();
+        Failure::invalid("BAD_ADDRESS", format!("`{text}` is no HOST:PORT or [IPV6]:PORT"))
+    };
+    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
+    let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host = literal.unwrap_or(host);
+    if host.is_empty() || (literal.is_none() && host.contains(':')) {
+        return Err(bad());
+    }
+    let port = port.parse().ok().filter(|&port: &u16| port != 0).ok_or_else(bad)?;
+    Ok((host.to_owned(), port))
+}
+
+fn path_bytes(path: &Path) -> Bytes {
+    Bytes::copy_from_slice(path.as_os_str().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_name_or_a_literal_with_a_port() {
+        let good = |text: &str| host_and_port(text).unwrap();
+        assert_eq!(good("db:1"), ("db".to_owned(), 1));
+        assert_eq!(good("[::1]:65535"), ("::1".to_owned(), 65535));
+        for bad in ["db", "db:", "db:0", "db:65536", "::1:5", ":5", "[::1]"] {
+            host_and_port(bad).unwrap_err();
+        }
+    }
+
+    /// Guards the password: what is shown of a wrong statement ends before any.
+    #[test]
+    fn a_shown_line_holds_no_secret() {
+        for (text, column) in [
+            ("CLONE INSTANCE FROM 'u'@'h':1 IDENTIFED BY 'hunter2'", 31),
+            ("CLONE INSTANCE FROM 'u'@'h':1 'hunter2'", 31),
+            ("CLONE INSTANCE FROM 'hunter2", 21),
+            ("CLONE INSTANCE\nFROM u@h:1 IDENTIFIED BY 'hunter2' x", 1),
+        ] {
+            let shown = shown_line(text, 1, column).unwrap_or_default();
+            assert!(!shown.contains("hunter"), "{shown}");
+        }
+        assert_eq!(shown_line("CLONE REMOTE", 1, 7).unwrap(), "CLONE REMOTE");
+    }
+}

@@ -1,0 +1,174 @@
+//! A stream of CLONE LOCAL: the engine in process, and copies by the file system where it can.
+
+use std::{fs::File, sync::Arc};
+
+use bytes::Bytes;
+use marcot_common::failure::Failure;
+use marcot_engine::{FileReader, Snapshot};
+use rustix::io::Errno;
+
+use super::{FetchContext, stopped};
+use crate::{
+    plan::{Part, Unit},
+    writer::UnitWriter,
+};
+
+/// Bytes of one copy_file_range call: short enough that a cancel is felt at once.
+const COPY_BYTES: u64 = 16 << 20;
+
+/// Bytes of one read where the file system cannot copy.
+const READ_BYTES: u64 = 1 << 20;
+
+/// How this stream copies; each way is given up for good once the file system refuses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    Reflink,
+    CopyFileRange,
+    ReadWrite,
+}
+
+/// Copies units until the plan has no more.
+pub fn copy_units(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<(), Failure> {
+    let mut way = Way::Reflink;
+    while let Some(unit) = context.plan.next()? {
+        copy_unit(snapshot.as_ref(), context, &unit, &mut way)?;
+    }
+    Ok(())
+}
+
+fn copy_unit(
+    snapshot: &dyn Snapshot,
+    context: &FetchContext,
+    unit: &Unit,
+    way: &mut Way,
+) -> Result<(), Failure> {
+    let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
+    while let Some((part, _)) = writer.awaited()? {
+        if let Err(failure) = copy_part(snapshot, context, part, &mut writer, way) {
+            match failure.reason.as_ref() {
+                "FILE_VANISHED" | "FILE_CHANGED" => writer.give_up(part.file_id.0, failure)?,
+                _ => return Err(failure),
+            }
+        }
+    }
+    context.progress.note_unfinished(writer.finish()?)
+}
+
+fn copy_part(
+    snapshot: &dyn Snapshot,
+    context: &FetchContext,
+    part: &Part,
+    writer: &mut UnitWriter<'_>,
+    way: &mut Way,
+) -> Result<(), Failure> {
+    let mut reader = snapshot.open_file(context.position, part.file_id)?;
+    if *way == Way::Reflink
+        && part.length == part.size
+        && reflink(part, reader.as_ref(), writer, way)?
+    {
+        reader.check_unchanged()?;
+        context.progress.verified_bytes.add(part.length);
+        return writer.copied(part.length);
+    }
+    let end = part.offset + part.length;
+    let mut offset = part.offset;
+    while offset < end {
+        if context.stop.is_cancelled() {
+            return Err(stopped());
+        }
+        let span = reader.span(offset, end)?;
+        if span.hole {
+            // Checked before the last byte is counted: after it the file is closed.
+            if span.end == end {
+                reader.check_unchanged()?;
+            }
+            writer.skip_hole(part.file_id.0, offset, span.end - offset)?;
+            offset = span.end;
+            continue;
+        }
+        let copied = copy_some(part, reader.as_mut(), offset, span.end, end, writer, way)?;
+        context.progress.verified_bytes.add(copied);
+        offset += copied;
+    }
+    Ok(())
+}
+
+fn reflink(
+    part: &Part,
+    reader: &dyn FileReader,
+    writer: &mut UnitWriter<'_>,
+    way: &mut Way,
+) -> Result<bool, Failure> {
+    let (Some(source), Some(target)) = (reader.file(), writer.file()?) else {
+        return Ok(false);
+    };
+    match rustix::fs::ioctl_ficlone(target, source) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+            *way = Way::CopyFileRange;
+            Ok(false)
+        }
+        Err(e) => Err(Failure::io("clone to", part.path.as_path(), &e.into())),
+    }
+}
+
+/// Copies the next bytes of a span of data; returns how many.
+fn copy_some(
+    part: &Part,
+    reader: &mut dyn FileReader,
+    offset: u64,
+    span_end: u64,
+    end: u64,
+    writer: &mut UnitWriter<'_>,
+    way: &mut Way,
+) -> Result<u64, Failure> {
+    if *way <= Way::CopyFileRange {
+        if let Some(copied) = copy_range(part, reader, offset, span_end, writer)? {
+            if offset + copied == end {
+                reader.check_unchanged()?;
+            }
+            writer.copied(copied)?;
+            return Ok(copied);
+        }
+        *way = Way::ReadWrite;
+    }
+    let length = (span_end - offset).min(READ_BYTES);
+    let mut buffer = vec![0; usize::try_from(length).unwrap_or(0)];
+    reader.read_exact_at(&mut buffer, offset)?;
+    if offset + length == end {
+        reader.check_unchanged()?;
+    }
+    writer.write(part.file_id.0, offset, length, &[Bytes::from(buffer)])?;
+    Ok(length)
+}
+
+/// Copies by the file system; `None` when it cannot.
+fn copy_range(
+    part: &Part,
+    reader: &dyn FileReader,
+    offset: u64,
+    end: u64,
+    writer: &mut UnitWriter<'_>,
+) -> Result<Option<u64>, Failure> {
+    let (Some(source), Some(target)) = (reader.file(), writer.file()?) else {
+        return Ok(None);
+    };
+    let length = usize::try_from((end - offset).min(COPY_BYTES)).unwrap_or(usize::MAX);
+    match copy_file_range(source, target, offset, length) {
+        Ok(0) => Err(Failure::new(
+            tonic::Code::Aborted,
+            "FILE_CHANGED",
+            format!("{} ended at byte {offset} while it was copied", part.path),
+        )),
+        Ok(copied) => Ok(Some(copied)),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOSYS) => Ok(None),
+        Err(e) => Err(Failure::io("copy to", part.path.as_path(), &e.into())),
+    }
+}
+
+fn copy_file_range(source: &File, target: &File, offset: u64, length: usize) -> Result<u64, Errno> {
+    let (mut from, mut to) = (offset, offset);
+    let copied =
+        rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length);
+    copied.map(|n| n as u64)
+}

@@ -1,0 +1,180 @@
+//! A stream from a donor: its own connection, ReadRanges calls, checked bytes into staging.
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use marcot_common::{failure::Failure, telemetry::propagation::inject};
+use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
+use prost::Message as _;
+use tonic::{body::Body, transport::Channel};
+use tower::{Service as _, ServiceExt as _};
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+
+use super::{
+    FetchContext,
+    decode::{CheckedChunk, FrameReader, ReadFrame, check_chunk, take_pieces},
+    stopped,
+};
+use crate::{plan::Unit, writer::UnitWriter};
+
+/// Calls in a row that may end without a byte; a donor that is merely draining sends some.
+const EMPTY_CALLS_MAX: u32 = 3;
+
+/// What a stream asks its donor for.
+#[derive(Debug, Clone)]
+pub struct ReadOptions {
+    /// `snapshots/{id}`.
+    pub snapshot: String,
+    /// zstd's level, if chunks may be compressed.
+    pub compression_level: Option<i32>,
+}
+
+/// Copies units until the plan has no more.
+pub async fn copy_units(
+    mut channel: Channel,
+    options: &ReadOptions,
+    context: &FetchContext,
+) -> Result<(), Failure> {
+    while let Some(unit) = context.plan.next()? {
+        let copied = context
+            .stop
+            .run_until_cancelled(copy_unit(&mut channel, options, context, &unit))
+            .await;
+        copied.unwrap_or_else(|| Err(stopped()))?;
+    }
+    Ok(())
+}
+
+async fn copy_unit(
+    channel: &mut Channel,
+    options: &ReadOptions,
+    context: &FetchContext,
+    unit: &Unit,
+) -> Result<(), Failure> {
+    let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
+    let mut empty_calls = 0;
+    while let Some((part, offset)) = writer.awaited()? {
+        let mut ranges = vec![pb::Range {
+            file_id: part.file_id.0,
+            offset,
+            length: part.offset + part.length - offset,
+        }];
+        ranges.extend(unit.parts[writer.index() + 1..].iter().filter(|part| part.length > 0).map(
+            |part| pb::Range { file_id: part.file_id.0, offset: part.offset, length: part.length },
+        ));
+        let request = pb::ReadRangesRequest {
+            snapshot: options.snapshot.clone(),
+            stage: context.position.stage.to_wire().into(),
+            round: context.position.round,
+            ranges,
+            codecs: match options.compression_level {
+                Some(_) => vec![pbc::Codec::None.into(), pbc::Codec::Zstd.into()],
+                None => vec![pbc::Codec::None.into()],
+            },
+            compression_level: options.compression_level.unwrap_or(0),
+            ..pb::ReadRangesRequest::default()
+        };
+        let before = (writer.index(), offset);
+        read_call(channel, &request, context, &mut writer).await?;
+        let after = writer.awaited()?.map(|(_, offset)| offset);
+        let moved = after.is_none_or(|offset| (writer.index(), offset) != before);
+        empty_calls = if moved { 0 } else { empty_calls + 1 };
+        if empty_calls >= EMPTY_CALLS_MAX {
+            return Err(Failure::peer_misbehaved(format!(
+                "{EMPTY_CALLS_MAX} ReadRanges calls in a row ended without a byte"
+            )));
+        }
+    }
+    context.progress.note_unfinished(writer.finish()?)
+}
+
+/// One ReadRanges call, to its end frame and status.
+async fn read_call(
+    channel: &mut Channel,
+    request: &pb::ReadRangesRequest,
+    context: &FetchContext,
+    writer: &mut UnitWriter<'_>,
+) -> Result<(), Failure> {
+    let mut frames = FrameReader::new(call(channel, request).await?)?;
+    let mut end: Option<pb::ReadEnd> = None;
+    let (mut raw_bytes, mut failed) = (0, 0);
+    while let Some(frame) = frames.next().await? {
+        context.progress.network_bytes.add(frames.take_network_bytes());
+        if end.is_some() {
+            return Err(Failure::peer_misbehaved("ReadRanges: a frame came after the end"));
+        }
+        match frame {
+            ReadFrame::Chunk(header, payload) => {
+                let chunk = check_chunk(header, payload, context.position)?;
+                raw_bytes += write_chunk(chunk, writer)?;
+            }
+            ReadFrame::Failure(failure) => {
+                failed += 1;
+                give_up(&failure, writer)?;
+            }
+            ReadFrame::End(frame) => end = Some(frame),
+        }
+    }
+    let Some(end) = end else {
+        return Err(Failure::peer_misbehaved("ReadRanges: the stream ended without its end frame"));
+    };
+    if failed == 0 && end.raw_bytes != raw_bytes {
+        return Err(Failure::peer_misbehaved(format!(
+            "ReadRanges: {raw_bytes} bytes came, the end frame counts {}",
+            end.raw_bytes
+        )));
+    }
+    context.progress.verified_bytes.add(raw_bytes);
+    Ok(())
+}
+
+fn write_chunk(mut chunk: CheckedChunk, writer: &mut UnitWriter<'_>) -> Result<u64, Failure> {
+    let mut bytes = 0;
+    for extent in &chunk.extents {
+        if extent.hole {
+            writer.skip_hole(extent.file_id, extent.offset, extent.length)?;
+        } else {
+            let pieces = take_pieces(&mut chunk.pieces, extent.length);
+            writer.write(extent.file_id, extent.offset, extent.length, &pieces)?;
+            bytes += extent.length;
+        }
+    }
+    Ok(bytes)
+}
+
+fn give_up(failure: &pb::RangeFailure, writer: &mut UnitWriter<'_>) -> Result<(), Failure> {
+    let why = failure.failure.as_ref().map(Failure::from_wire);
+    let why = why.ok_or_else(|| Failure::peer_misbehaved("ReadRanges: a failure says nothing"))?;
+    match why.reason.as_ref() {
+        // The file is another one by now; the next round lists it again.
+        "FILE_VANISHED" | "FILE_CHANGED" => writer.give_up(failure.file_id, why),
+        _ => Err(why.from_donor()),
+    }
+}
+
+/// Sends one ReadRanges request; the response's body is read as raw frames.
+async fn call(
+    channel: &mut Channel,
+    message: &pb::ReadRangesRequest,
+) -> Result<http::Response<Body>, Failure> {
+    let mut bytes = BytesMut::with_capacity(5 + message.encoded_len());
+    bytes.put_u8(0);
+    bytes.put_u32(u32::try_from(message.encoded_len()).unwrap_or(u32::MAX));
+    message.encode_raw(&mut bytes);
+    let body = Body::new(http_body_util::Full::<Bytes>::new(bytes.freeze()));
+    let mut request = http::Request::new(body);
+    *request.method_mut() = http::Method::POST;
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.uri_mut() =
+        http::Uri::from_static("http://donor/marcot.donor.v1.DonorService/ReadRanges");
+    let mut traced = tonic::metadata::MetadataMap::new();
+    inject(&Span::current().context(), &mut traced);
+    let headers = request.headers_mut();
+    headers.extend(traced.into_headers());
+    headers.insert(http::header::TE, http::HeaderValue::from_static("trailers"));
+    headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
+    let unreachable = |e: tonic::transport::Error| {
+        let text = format!("ReadRanges: {}", marcot_common::failure::chain(&e));
+        Failure::new(tonic::Code::Unavailable, "PEER_UNREACHABLE", text).mysql(2013).from_donor()
+    };
+    channel.ready().await.map_err(unreachable)?.call(request).await.map_err(unreachable)
+}

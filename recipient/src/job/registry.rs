@@ -1,0 +1,401 @@
+//! All clones of this recipient: at most one runs; the past ones are remembered.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use marcot_common::{failure::Failure, host::path_bytes, time};
+use marcot_proto::recipient::v1 as pb;
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Code;
+use tracing::{Instrument as _, error, info, info_span, warn};
+use uuid::Uuid;
+
+use super::{
+    CloneJob,
+    history::{CLONES_MAX, History},
+    status::{CloneStatus, interrupted, is_final},
+};
+use crate::{
+    progress::Progress,
+    request::CloneRequest,
+    settings::Settings,
+    staging::{STAGING_PREFIX, Staging},
+};
+
+/// How often a running clone's counters are read.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Who asked for a clone, and as part of what.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    /// Account; empty without accounts.
+    pub user: String,
+    /// W3C trace id; empty when there is none.
+    pub trace_id: String,
+}
+
+/// All clones.
+#[derive(Debug)]
+pub struct Clones {
+    settings: Arc<Settings>,
+    history: History,
+    table: Mutex<Table>,
+    tasks: TaskTracker,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// By name; ids are UUIDv7, so the order is that of their beginning.
+    past: BTreeMap<String, pb::Clone>,
+    running: Option<Arc<CloneJob>>,
+    draining: bool,
+    counts: Counts,
+    bytes: ByteTotals,
+}
+
+/// Bytes counted since the start, for metrics.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ByteTotals {
+    /// Written to staging.
+    pub data: u64,
+    /// Received from donors.
+    pub network: u64,
+}
+
+impl ByteTotals {
+    fn add(&mut self, progress: &Progress) {
+        self.data += progress.data_bytes.get();
+        self.network += progress.network_bytes.get();
+    }
+}
+
+/// Clones counted since the start, for metrics.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Accepted.
+    pub started: u64,
+    /// Ended COMPLETED.
+    pub completed: u64,
+    /// Ended FAILED.
+    pub failed: u64,
+    /// Ended CANCELLED.
+    pub cancelled: u64,
+}
+
+impl Clones {
+    /// Reads what is remembered, and clears up what a stop of the service has left.
+    pub fn open(settings: Arc<Settings>, state_directory: &Path) -> Result<Self, Failure> {
+        let history = History::open(state_directory)?;
+        let mut table = Table::default();
+        for mut clone in history.load()? {
+            if !is_final(clone.state) {
+                clear_up(&mut clone);
+                history.save(&clone)?;
+            }
+            table.past.insert(clone.name.clone(), clone);
+        }
+        Ok(Self { settings, history, table: Mutex::new(table), tasks: TaskTracker::new() })
+    }
+
+    /// The operator's settings.
+    #[must_use]
+    pub fn settings(&self) -> &Arc<Settings> {
+        &self.settings
+    }
+
+    /// Starts a clone, or returns the one that the same request has started before.
+    pub fn start(
+        self: &Arc<Self>,
+        request: CloneRequest,
+        origin: Origin,
+    ) -> Result<pb::Clone, Failure> {
+        let mut table = self.lock();
+        if let Some(known) = known_request(&table, &request)? {
+            return Ok(known);
+        }
+        if table.draining {
+            let text = "the recipient is shutting down";
+            return Err(Failure::new(Code::Unavailable, "DRAINING", text));
+        }
+        if let Some(running) = &table.running {
+            let name = running.status.clone_resource().name;
+            return Err(Failure::new(
+                Code::Aborted,
+                "CLONE_IN_PROGRESS",
+                format!(
+                    "Too many concurrent clone operations. Maximum allowed - 1. {name} is running; \
+                     wait for it, or cancel it"
+                ),
+            )
+            .mysql(3634)
+            .with("clone", name));
+        }
+        let id = Uuid::now_v7().to_string();
+        let job = Arc::new(self.new_job(&id, request, origin));
+        let clone = job.status.clone_resource();
+        self.history.save(&clone)?;
+        table.counts.started += 1;
+        table.running = Some(Arc::clone(&job));
+        drop(table);
+        info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
+        let span = info_span!("clone", clone = %id);
+        let clones = Arc::clone(self);
+        self.tasks.spawn(async move { clones.run(job).await }.instrument(span));
+        Ok(clone)
+    }
+
+    fn new_job(&self, id: &str, request: CloneRequest, origin: Origin) -> CloneJob {
+        let progress = Arc::new(Progress::default());
+        let clone = pb::Clone {
+            name: format!("clones/{id}"),
+            source: request.source_name(),
+            destination: path_bytes(&request.target),
+            statement: request.statement.clone(),
+            request_id: request.request_id.clone(),
+            user: origin.user,
+            trace_id: origin.trace_id,
+            limits: Some(pb::CloneLimits {
+                concurrency_max: u32::try_from(request.concurrency).ok(),
+                ..pb::CloneLimits::default()
+            }),
+            ..pb::Clone::default()
+        };
+        CloneJob {
+            id: id.to_owned(),
+            request,
+            settings: Arc::clone(&self.settings),
+            status: Arc::new(CloneStatus::new(clone, Arc::clone(&progress))),
+            progress,
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    async fn run(self: Arc<Self>, job: Arc<CloneJob>) {
+        let ticker = tokio::spawn({
+            let status = Arc::clone(&job.status);
+            async move {
+                let mut tick = tokio::time::interval(TICK);
+                loop {
+                    tick.tick().await;
+                    status.tick();
+                }
+            }
+        });
+        let work = tokio::spawn({
+            let job = Arc::clone(&job);
+            async move { Box::pin(job.run()).await }.in_current_span()
+        });
+        let result =
+            work.await.unwrap_or_else(|e| Err(Failure::bug(format!("the clone stopped: {e}"))));
+        ticker.abort();
+        let cancelled = job.cancel.is_cancelled();
+        // A clone that had been installed when the cancel came is there, and says so.
+        let clone = job.status.finish(&result, cancelled);
+        match &result {
+            Ok(()) => info!(bytes = clone.verified_bytes, "clone completed"),
+            Err(_) if cancelled => info!("clone cancelled"),
+            Err(failure) => error!(
+                reason = %failure.reason,
+                mysql_error = failure.mysql_error,
+                error = %failure,
+                "clone failed"
+            ),
+        }
+        if let Err(failure) = self.history.save(&clone) {
+            warn!(error = %failure, "the clone's record could not be written");
+        }
+        let mut table = self.lock();
+        match &result {
+            Ok(()) => table.counts.completed += 1,
+            Err(_) if cancelled => table.counts.cancelled += 1,
+            Err(_) => table.counts.failed += 1,
+        }
+        table.running = None;
+        table.bytes.add(&job.progress);
+        table.past.insert(clone.name.clone(), clone);
+        while table.past.len() > CLONES_MAX {
+            if let Some((name, _)) = table.past.pop_first() {
+                self.history.remove(&name);
+            }
+        }
+        drop(table);
+        // Last: whoever waits for the end may start the next clone at once.
+        job.status.tell();
+    }
+
+    /// A clone by name; `clones/-` is the newest.
+    pub fn get(&self, name: &str) -> Result<pb::Clone, Failure> {
+        let table = self.lock();
+        if let Some(job) = running(&table, name) {
+            return Ok(job.status.clone_resource());
+        }
+        let past = match name {
+            "clones/-" => table.past.last_key_value().map(|(_, clone)| clone),
+            name => table.past.get(name),
+        };
+        past.cloned().ok_or_else(|| unknown(name))
+    }
+
+    /// A clone, and what tells of its changes while it runs.
+    pub fn watch(
+        &self,
+        name: &str,
+    ) -> Result<(pb::Clone, Option<watch::Receiver<pb::Clone>>), Failure> {
+        let receiver = running(&self.lock(), name).map(|job| job.status.watch());
+        match receiver {
+            Some(receiver) => {
+                let clone = receiver.borrow().clone();
+                Ok((clone, Some(receiver)))
+            }
+            None => Ok((self.get(name)?, None)),
+        }
+    }
+
+    /// Clones whose name is below `before`, newest first.
+    #[must_use]
+    pub fn list(&self, before: Option<&str>, count: usize) -> Vec<pb::Clone> {
+        let table = self.lock();
+        let running = table.running.as_ref().map(|job| job.status.clone_resource());
+        running
+            .into_iter()
+            .chain(table.past.values().rev().cloned())
+            .filter(|clone| before.is_none_or(|before| clone.name.as_str() < before))
+            .take(count)
+            .collect()
+    }
+
+    /// Cancels a clone.
+    pub fn cancel(&self, name: &str) -> Result<pb::Clone, Failure> {
+        let job = running(&self.lock(), name).cloned();
+        if let Some(job) = job {
+            job.cancel.cancel();
+            return Ok(job.status.clone_resource());
+        }
+        let clone = self.get(name)?;
+        if clone.state == i32::from(pb::State::Cancelled) {
+            return Ok(clone);
+        }
+        let state = pb::State::try_from(clone.state).unwrap_or_default().as_str_name();
+        Err(Failure::precondition(
+            "CLONE_ENDED",
+            format!("{} has ended ({state}); there is nothing to cancel", clone.name),
+        ))
+    }
+
+    /// The clone that runs.
+    #[must_use]
+    pub fn running(&self) -> Option<pb::Clone> {
+        self.lock().running.as_ref().map(|job| job.status.clone_resource())
+    }
+
+    /// Clones counted since the start.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.lock().counts
+    }
+
+    /// Bytes of all clones since the start.
+    #[must_use]
+    pub fn byte_totals(&self) -> ByteTotals {
+        let table = self.lock();
+        let mut totals = table.bytes;
+        if let Some(job) = &table.running {
+            totals.add(&job.progress);
+        }
+        totals
+    }
+
+    /// Refuses new clones, cancels the running one, and waits until it has cleared up.
+    pub async fn drain(&self) {
+        let running = {
+            let mut table = self.lock();
+            table.draining = true;
+            table.running.clone()
+        };
+        if let Some(job) = running {
+            job.cancel.cancel();
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn running<'a>(table: &'a Table, name: &str) -> Option<&'a Arc<CloneJob>> {
+    let job = table.running.as_ref()?;
+    let matches = name == "clones/-" || name.strip_prefix("clones/") == Some(job.id.as_str());
+    matches.then_some(job)
+}
+
+/// The clone that the same request id has started; a different request under it is an error.
+fn known_request(table: &Table, request: &CloneRequest) -> Result<Option<pb::Clone>, Failure> {
+    if request.request_id.is_empty() {
+        return Ok(None);
+    }
+    let running = table.running.as_ref().map(|job| job.status.clone_resource());
+    let known = running
+        .into_iter()
+        .chain(table.past.values().rev().cloned())
+        .find(|clone| clone.request_id == request.request_id);
+    match known {
+        Some(clone) if clone.statement != request.statement => Err(Failure::new(
+            Code::AlreadyExists,
+            "REQUEST_ID_TAKEN",
+            format!(
+                "request id `{}` belongs to {}, which was another request",
+                clone.request_id, clone.name
+            ),
+        )),
+        known => Ok(known),
+    }
+}
+
+fn unknown(name: &str) -> Failure {
+    let shown: String = name.chars().take(80).collect();
+    Failure::new(
+        Code::NotFound,
+        "UNKNOWN_CLONE",
+        format!("`{shown}` is no clone of this recipient; `marcot list` shows them"),
+    )
+}
+
+/// A stop of the service ended this clone: its staging goes, its record says how it ended.
+fn clear_up(clone: &mut pb::Clone) {
+    use std::os::unix::ffi::OsStrExt as _;
+    let id = clone.name.rsplit('/').next().unwrap_or_default().to_owned();
+    let target = Path::new(std::ffi::OsStr::from_bytes(&clone.destination));
+    let mut end = pb::State::Failed;
+    if let Some(parent) = target.parent()
+        && Uuid::parse_str(&id).is_ok()
+    {
+        let staging = parent.join(format!("{STAGING_PREFIX}{id}"));
+        // The tree has left its staging directory by the one rename that installs it.
+        if staging.is_dir() && !staging.join("tree").exists() && target.is_dir() {
+            end = pb::State::Completed;
+        }
+        match Staging::remove(&staging) {
+            Ok(()) => info!(clone = %id, "cleared up after a clone that a stop has ended"),
+            Err(failure) => warn!(clone = %id, error = %failure, "staging directory is left"),
+        }
+    }
+    clone.state = end.into();
+    clone.end_time = Some(time::timestamp(SystemTime::now()));
+    clone.eta = None;
+    if end == pb::State::Failed {
+        clone.error = Some(interrupted());
+    }
+    for row in &mut clone.stages {
+        if row.state == i32::from(pb::State::InProgress) {
+            row.state = end.into();
+            row.end_time = clone.end_time;
+        }
+    }
+}

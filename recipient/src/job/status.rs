@@ -1,0 +1,316 @@
+//! What others see of a clone: its resource, kept up to date and published to watchers.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use marcot_common::{
+    entry::Totals, failure::Failure, position::Position, time, time::duration_to_wire,
+};
+use marcot_engine::Advanced;
+use marcot_proto::{
+    common::v1::{self as pbc, Stage},
+    recipient::v1 as pb,
+};
+use tokio::sync::watch;
+
+use crate::progress::Progress;
+
+/// Rates are means over this long: shorter ones jump with every sync of the disk.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+
+/// Nothing has moved for this long: the status says so.
+const STALL_AFTER: Duration = Duration::from_secs(10);
+
+/// The stages that a clone shows, in order.
+const STAGES: [Stage; 6] = [
+    Stage::FileCopy,
+    Stage::PageCopy,
+    Stage::RedoCopy,
+    Stage::FileSync,
+    Stage::Restart,
+    Stage::Recovery,
+];
+
+/// A clone's resource while it runs.
+#[derive(Debug)]
+pub struct CloneStatus {
+    state: Mutex<Tracked>,
+    published: watch::Sender<pb::Clone>,
+    progress: Arc<Progress>,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    clone: pb::Clone,
+    /// Counters at the present stage's begin.
+    stage_base: (u64, u64),
+    /// Totals of first copies, for the estimate of time left.
+    samples: VecDeque<(Instant, u64, u64)>,
+    last_move: Instant,
+}
+
+impl CloneStatus {
+    /// A clone that has been accepted.
+    #[must_use]
+    pub fn new(mut clone: pb::Clone, progress: Arc<Progress>) -> Self {
+        clone.state = pb::State::InProgress.into();
+        clone.begin_time = Some(time::timestamp(SystemTime::now()));
+        clone.stages = STAGES
+            .iter()
+            .map(|&stage| pb::StageProgress {
+                stage: stage.into(),
+                state: pb::State::NotStarted.into(),
+                ..pb::StageProgress::default()
+            })
+            .collect();
+        let (published, _) = watch::channel(clone.clone());
+        let state = Tracked {
+            clone,
+            stage_base: (0, 0),
+            samples: VecDeque::new(),
+            last_move: Instant::now(),
+        };
+        Self { state: Mutex::new(state), published, progress }
+    }
+
+    /// The resource as last published.
+    #[must_use]
+    pub fn clone_resource(&self) -> pb::Clone {
+        self.published.borrow().clone()
+    }
+
+    /// Tells of every change.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<pb::Clone> {
+        self.published.subscribe()
+    }
+
+    /// Changes fields that the job learns as it goes.
+    pub fn update(&self, change: impl FnOnce(&mut pb::Clone)) {
+        change(&mut self.lock().clone);
+        self.publish();
+    }
+
+    /// A round begins: its stage begins, and those before it have ended.
+    pub fn begin_round(&self, position: Position) {
+        self.begin_stage(position.stage.to_wire());
+        self.update(|clone| {
+            if let Some(row) = row(clone, position.stage.to_wire()) {
+                row.round = position.round;
+            }
+        });
+    }
+
+    /// A stage begins; those before it that have not ended, end.
+    pub fn begin_stage(&self, stage: Stage) {
+        let mut state = self.lock();
+        let now = Some(time::timestamp(SystemTime::now()));
+        let running = row(&mut state.clone, stage).is_some_and(|row| row.begin_time.is_some());
+        if running {
+            return;
+        }
+        self.settle(&mut state);
+        let network_and_data = (self.progress.data_bytes.get(), self.progress.network_bytes.get());
+        state.stage_base = network_and_data;
+        state.samples.clear();
+        for row in &mut state.clone.stages {
+            if row.stage < i32::from(stage) {
+                complete(row, now);
+            } else if row.stage == i32::from(stage) {
+                row.state = pb::State::InProgress.into();
+                row.begin_time = now;
+            }
+        }
+        drop(state);
+        self.publish();
+    }
+
+    /// The copy is whole: the stage that runs has ended.
+    pub fn end_stages(&self) {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        let now = Some(time::timestamp(SystemTime::now()));
+        for row in &mut state.clone.stages {
+            if row.state == i32::from(pb::State::InProgress) {
+                complete(row, now);
+            }
+        }
+        drop(state);
+        self.publish();
+    }
+
+    /// Sets what a stage is expected to copy: the sum over its rounds.
+    pub fn set_estimate(&self, position: Position, totals: Totals, growing: bool) {
+        let first = position == Position::FIRST;
+        self.update(|clone| {
+            if first {
+                clone.files_expected = totals.files;
+            }
+            if let Some(row) = row(clone, position.stage.to_wire()) {
+                if first {
+                    row.estimate_bytes = totals.allocated_bytes.min(totals.size_bytes);
+                } else {
+                    row.estimate_bytes += totals.allocated_bytes.min(totals.size_bytes);
+                }
+                row.estimate_growing = growing;
+            }
+        });
+    }
+
+    /// Sets what the finished copy is consistent with.
+    pub fn set_consistency(&self, advanced: &Advanced) {
+        self.update(|clone| {
+            clone.consistency_level = advanced.consistency_level.into();
+            clone.coordinates = advanced.coordinates.clone();
+        });
+    }
+
+    /// Reads the counters; called several times a second while the clone runs.
+    pub fn tick(&self) {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        drop(state);
+        self.publish();
+    }
+
+    /// The clone has ended. Returns its last state, which nobody has been told yet: see `tell`.
+    pub fn finish(&self, result: &Result<(), Failure>, cancelled: bool) -> pb::Clone {
+        let mut state = self.lock();
+        self.settle(&mut state);
+        let now = Some(time::timestamp(SystemTime::now()));
+        let clone = &mut state.clone;
+        clone.end_time = now;
+        clone.eta = None;
+        clone.stall_reason.clear();
+        let end = match result {
+            Ok(()) => pb::State::Completed,
+            Err(_) if cancelled => pb::State::Cancelled,
+            Err(_) => pb::State::Failed,
+        };
+        clone.state = end.into();
+        if let Err(failure) = result {
+            clone.error = Some(failure.to_wire());
+        }
+        for row in &mut clone.stages {
+            row.data_speed = 0;
+            row.network_speed = 0;
+            row.threads = 0;
+            if row.state == i32::from(pb::State::InProgress) {
+                row.state = end.into();
+                row.end_time = now;
+            }
+        }
+        state.clone.clone()
+    }
+
+    /// Tells watchers the present state.
+    pub fn tell(&self) {
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let clone = self.lock().clone.clone();
+        self.published.send_if_modified(|published| {
+            let changed = *published != clone;
+            *published = clone;
+            changed
+        });
+    }
+
+    /// Brings the rows up to the counters.
+    fn settle(&self, state: &mut Tracked) {
+        let progress = &self.progress;
+        let (data, network) = (progress.data_bytes.get(), progress.network_bytes.get());
+        let now = Instant::now();
+        if state.samples.back().is_none_or(|last| (last.1, last.2) != (data, network)) {
+            state.last_move = now;
+        }
+        state.samples.push_back((now, data, network));
+        while state.samples.front().is_some_and(|first| now - first.0 > RATE_WINDOW) {
+            state.samples.pop_front();
+        }
+        let (data_speed, network_speed) = speeds(&state.samples);
+        let stalled = now.saturating_duration_since(state.last_move);
+        let base = state.stage_base;
+        let clone = &mut state.clone;
+        clone.files_copied = progress.files_copied.get();
+        clone.verified_bytes = progress.verified_bytes.get();
+        clone.resent_bytes = progress.resent_bytes.get();
+        clone.eta = None;
+        clone.stall_reason.clear();
+        let Some(row) =
+            clone.stages.iter_mut().find(|row| row.state == i32::from(pb::State::InProgress))
+        else {
+            return;
+        };
+        row.data_bytes = data.saturating_sub(base.0);
+        row.network_bytes = network.saturating_sub(base.1);
+        row.threads = u32::try_from(progress.streams.get()).unwrap_or(u32::MAX);
+        row.data_speed = data_speed;
+        row.network_speed = network_speed;
+        let copies = row.stage < i32::from(Stage::FileSync);
+        if copies && data_speed > 0 && row.estimate_bytes > 0 {
+            let left = row.estimate_bytes.saturating_sub(row.data_bytes);
+            clone.eta = Some(duration_to_wire(Duration::from_secs(left.div_ceil(data_speed))));
+        }
+        if copies && stalled >= STALL_AFTER {
+            clone.stall_reason = format!("no byte for {} s", stalled.as_secs());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tracked> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn row(clone: &mut pb::Clone, stage: Stage) -> Option<&mut pb::StageProgress> {
+    clone.stages.iter_mut().find(|row| row.stage == i32::from(stage))
+}
+
+fn complete(row: &mut pb::StageProgress, now: Option<prost_types::Timestamp>) {
+    if row.state == i32::from(pb::State::Completed) {
+        return;
+    }
+    row.state = pb::State::Completed.into();
+    row.begin_time = row.begin_time.or(now);
+    row.end_time = now;
+    row.threads = 0;
+    row.data_speed = 0;
+    row.network_speed = 0;
+}
+
+fn speeds(samples: &VecDeque<(Instant, u64, u64)>) -> (u64, u64) {
+    let (Some(first), Some(last)) = (samples.front(), samples.back()) else {
+        return (0, 0);
+    };
+    let millis = u64::try_from((last.0 - first.0).as_millis()).unwrap_or(u64::MAX);
+    if millis == 0 {
+        return (0, 0);
+    }
+    let rate = |from: u64, to: u64| to.saturating_sub(from).saturating_mul(1000) / millis;
+    (rate(first.1, last.1), rate(first.2, last.2))
+}
+
+/// Whether a state is final.
+#[must_use]
+pub fn is_final(state: i32) -> bool {
+    matches!(
+        pb::State::try_from(state),
+        Ok(pb::State::Completed | pb::State::Failed | pb::State::Cancelled | pb::State::RolledBack)
+    )
+}
+
+/// The pseudo-error of a clone that a restart of the recipient has ended.
+#[must_use]
+pub fn interrupted() -> pbc::Failure {
+    Failure::new(
+        tonic::Code::Aborted,
+        "RECIPIENT_RESTARTED",
+        "the recipient stopped while the clone ran; clone again",
+    )
+    .mysql(1317)
+    .to_wire()
+}

@@ -1,0 +1,335 @@
+//! What a caller asks for, whichever way it was asked: checked, and its secret kept apart.
+
+use std::{
+    ffi::OsStr,
+    fmt,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use marcot_common::{connect::SslMode, failure::Failure, statement::Statement};
+use marcot_proto::recipient::v1 as pb;
+use zeroize::Zeroizing;
+
+use crate::settings::{CONCURRENCY_MAX, Settings};
+
+/// A checked request for a clone.
+#[derive(Debug, Clone)]
+pub struct CloneRequest {
+    /// Where from.
+    pub source: SourceRequest,
+    /// The new data directory.
+    pub target: PathBuf,
+    /// Whether the target is the recipient server's own data directory.
+    pub replaces: bool,
+    /// Who will own the files.
+    pub owner: Owner,
+    /// Streams.
+    pub concurrency: usize,
+    /// The caller's id.
+    pub request_id: String,
+    /// The statement that says the same, its secret hidden.
+    pub statement: String,
+}
+
+/// Where a clone's files come from.
+#[derive(Debug, Clone)]
+pub enum SourceRequest {
+    /// This host's own data directory.
+    Local,
+    /// A donor.
+    Donor(DonorRequest),
+}
+
+/// A donor, and how to reach it.
+#[derive(Clone)]
+pub struct DonorRequest {
+    /// Name or literal.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Account.
+    pub user: String,
+    /// Its password.
+    pub password: Zeroizing<String>,
+    /// REQUIRE clause.
+    pub ssl_mode: SslMode,
+    /// The one certificate that is accepted.
+    pub fingerprint: Option<[u8; 32]>,
+    /// zstd's level.
+    pub compression_level: Option<i32>,
+}
+
+impl fmt::Debug for DonorRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "'{}'@'{}':{} ({:?})", self.user, self.host, self.port, self.ssl_mode)
+    }
+}
+
+/// Who will own the files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Owner {
+    /// As the directory that the new one stands in.
+    FollowParent,
+    /// As given: user and group, numbers.
+    Given(u32, u32),
+    /// As on the donor, by number.
+    Preserved,
+}
+
+impl CloneRequest {
+    /// Checks `CloneInstance`.
+    pub fn from_instance(
+        message: pb::CloneInstanceRequest,
+        settings: &Settings,
+    ) -> Result<Self, Failure> {
+        if message.host.is_empty() || message.host.len() > 253 {
+            let length = message.host.len();
+            return Err(Failure::invalid(
+                "BAD_DONOR",
+                format!("donor host has {length} bytes, 1 to 253 are allowed"),
+            ));
+        }
+        let port = u16::try_from(message.port).ok().filter(|&port| port != 0).ok_or_else(|| {
+            let port = message.port;
+            Failure::invalid("BAD_DONOR", format!("donor port is {port}, 1 to 65535 are allowed"))
+        })?;
+        if message.user.is_empty() || message.user.len() > 128 {
+            let length = message.user.len();
+            let text = format!("donor user has {length} bytes, 1 to 128 are allowed");
+            return Err(Failure::invalid("BAD_DONOR", text));
+        }
+        let ssl_mode = match pb::SslMode::try_from(message.ssl_mode) {
+            Ok(pb::SslMode::Unspecified) => SslMode::Preferred,
+            Ok(pb::SslMode::Required) => SslMode::Required,
+            Ok(pb::SslMode::Disabled) => SslMode::Disabled,
+            Err(_) => {
+                let text = format!("SSL mode {} is not known", message.ssl_mode);
+                return Err(Failure::invalid("BAD_SSL_MODE", text));
+            }
+        };
+        let donor = DonorRequest {
+            host: message.host,
+            port,
+            user: message.user,
+            password: Zeroizing::new(message.password),
+            ssl_mode,
+            fingerprint: fingerprint(&message.donor_fingerprint)?,
+            compression_level: compression_level(message.compression)?,
+        };
+        Self::build(
+            SourceRequest::Donor(donor),
+            &message.data_directory,
+            message.options.unwrap_or_default(),
+            settings,
+        )
+    }
+
+    /// Checks `CloneLocal`.
+    pub fn from_local(
+        message: pb::CloneLocalRequest,
+        settings: &Settings,
+    ) -> Result<Self, Failure> {
+        if message.data_directory.is_empty() {
+            return Err(crate::target::not_absolute(Path::new("")));
+        }
+        Self::build(
+            SourceRequest::Local,
+            &message.data_directory,
+            message.options.unwrap_or_default(),
+            settings,
+        )
+    }
+
+    /// Checks `CloneStatement`.
+    pub fn from_statement(
+        message: pb::CloneStatementRequest,
+        settings: &Settings,
+    ) -> Result<Self, Failure> {
+        match Statement::parse(&message.statement)? {
+            Statement::Local { data_directory } => Self::from_local(
+                pb::CloneLocalRequest {
+                    data_directory: data_directory.into_bytes().into(),
+                    options: message.options,
+                },
+                settings,
+            ),
+            Statement::Instance { data_directory: Some(path), .. } if path.is_empty() => {
+                Err(crate::target::not_absolute(Path::new("")))
+            }
+            Statement::Instance { user, host, port, password, data_directory, ssl_mode } => {
+                Self::from_instance(
+                    pb::CloneInstanceRequest {
+                        host,
+                        port: port.into(),
+                        user,
+                        password: password.expose().to_owned(),
+                        data_directory: data_directory.unwrap_or_default().into_bytes().into(),
+                        ssl_mode: match ssl_mode {
+                            SslMode::Preferred => pb::SslMode::Unspecified,
+                            SslMode::Required => pb::SslMode::Required,
+                            SslMode::Disabled => pb::SslMode::Disabled,
+                        }
+                        .into(),
+                        donor_fingerprint: message.donor_fingerprint,
+                        compression: message.compression,
+                        options: message.options,
+                    },
+                    settings,
+                )
+            }
+        }
+    }
+
+    fn build(
+        source: SourceRequest,
+        data_directory: &[u8],
+        options: pb::CloneOptions,
+        settings: &Settings,
+    ) -> Result<Self, Failure> {
+        let replaces = data_directory.is_empty();
+        let target = if replaces {
+            settings.data_directory.clone().ok_or_else(|| {
+                Failure::precondition(
+                    "NO_DATA_DIRECTORY",
+                    "the statement names no DATA DIRECTORY and this recipient has none of its own; \
+                     name one, or start the recipient with --data-directory",
+                )
+            })?
+        } else {
+            PathBuf::from(OsStr::from_bytes(data_directory))
+        };
+        refuse_later_options(&options)?;
+        if options.request_id.len() > 128 || options.request_id.chars().any(char::is_control) {
+            let length = options.request_id.len();
+            return Err(Failure::invalid(
+                "BAD_REQUEST_ID",
+                format!("request_id has {length} bytes or a control character; at most 128 bytes"),
+            ));
+        }
+        let statement = describe(&source, &target, replaces);
+        Ok(Self {
+            owner: owner(&options)?,
+            concurrency: concurrency(&options, settings)?,
+            request_id: options.request_id,
+            source,
+            target,
+            replaces,
+            statement,
+        })
+    }
+
+    /// `HOST:PORT` or `LOCAL INSTANCE`, as in performance_schema.clone_status.
+    #[must_use]
+    pub fn source_name(&self) -> String {
+        match &self.source {
+            SourceRequest::Local => "LOCAL INSTANCE".to_owned(),
+            SourceRequest::Donor(donor) if donor.host.contains(':') => {
+                format!("[{}]:{}", donor.host, donor.port)
+            }
+            SourceRequest::Donor(donor) => format!("{}:{}", donor.host, donor.port),
+        }
+    }
+}
+
+fn describe(source: &SourceRequest, target: &Path, replaces: bool) -> String {
+    let directory = (!replaces).then(|| target.to_string_lossy().into_owned());
+    match source {
+        SourceRequest::Local => {
+            Statement::Local { data_directory: directory.unwrap_or_default() }.redacted()
+        }
+        SourceRequest::Donor(donor) => Statement::Instance {
+            user: donor.user.clone(),
+            host: donor.host.clone(),
+            port: donor.port,
+            password: String::new().into(),
+            data_directory: directory,
+            ssl_mode: donor.ssl_mode,
+        }
+        .redacted(),
+    }
+}
+
+fn fingerprint(bytes: &[u8]) -> Result<Option<[u8; 32]>, Failure> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    <[u8; 32]>::try_from(bytes).map(Some).map_err(|_| {
+        let length = bytes.len();
+        Failure::invalid("BAD_FINGERPRINT", format!("{length} bytes; a SHA-256 fingerprint has 32"))
+    })
+}
+
+fn compression_level(compression: Option<pb::Compression>) -> Result<Option<i32>, Failure> {
+    let Some(pb::Compression { level }) = compression else {
+        return Ok(None);
+    };
+    if !(-7..=19).contains(&level) {
+        return Err(Failure::invalid(
+            "BAD_COMPRESSION_LEVEL",
+            format!("compression level is {level}, -7 to 19 are allowed"),
+        ));
+    }
+    Ok(Some(if level == 0 { 1 } else { level }))
+}
+
+fn concurrency(options: &pb::CloneOptions, settings: &Settings) -> Result<usize, Failure> {
+    let Some(asked) = options.limits.as_ref().and_then(|limits| limits.concurrency_max) else {
+        return Ok(settings.concurrency);
+    };
+    let asked = usize::try_from(asked).unwrap_or(usize::MAX);
+    if !(1..=CONCURRENCY_MAX).contains(&asked) {
+        return Err(Failure::invalid(
+            "BAD_LIMIT",
+            format!("concurrency_max is {asked}, 1 to {CONCURRENCY_MAX} are allowed"),
+        ));
+    }
+    Ok(asked)
+}
+
+/// Options that mean something only in a later version: passing over them would be a lie.
+fn refuse_later_options(options: &pb::CloneOptions) -> Result<(), Failure> {
+    let limits = options.limits.unwrap_or_default();
+    let limited = |limit: Option<u64>| limit.is_some_and(|limit| limit != 0);
+    if limited(limits.data_bytes_per_second_max) || limited(limits.network_bytes_per_second_max) {
+        return Err(Failure::unimplemented("a limit of bytes per second"));
+    }
+    if !options.expected_generation.is_empty() {
+        return Err(Failure::unimplemented("expected_generation"));
+    }
+    if !options.reuse_directory.is_empty() {
+        return Err(Failure::unimplemented("reuse_directory"));
+    }
+    Ok(())
+}
+
+fn owner(options: &pb::CloneOptions) -> Result<Owner, Failure> {
+    match (options.owner.as_str(), options.preserve_owners) {
+        ("", false) => Ok(Owner::FollowParent),
+        ("", true) => Ok(Owner::Preserved),
+        (given, false) => parse_owner(given),
+        (_, true) => Err(Failure::invalid(
+            "BAD_OWNER",
+            "owner and preserve_owners are both given; give one of them",
+        )),
+    }
+}
+
+/// Reads `USER:GROUP`, names or numbers.
+fn parse_owner(given: &str) -> Result<Owner, Failure> {
+    let bad = |why: &str| {
+        Failure::invalid("BAD_OWNER", format!("owner `{}`: {why}", given.escape_default()))
+    };
+    let (user, group) = given.split_once(':').ok_or_else(|| bad("write it as USER:GROUP"))?;
+    let uid = user
+        .parse()
+        .ok()
+        .or_else(|| uzers::get_user_by_name(user).map(|user| user.uid()))
+        .ok_or_else(|| bad("no such user on this host"))?;
+    let gid = group
+        .parse()
+        .ok()
+        .or_else(|| uzers::get_group_by_name(group).map(|group| group.gid()))
+        .ok_or_else(|| bad("no such group on this host"))?;
+    Ok(Owner::Given(uid, gid))
+}

@@ -1,0 +1,177 @@
+//! The recipient, put together: settings, clones, service, drain.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+
+use marcot_common::{
+    access::Rule,
+    config::Loaded,
+    connect::ClientTls,
+    connection::Privilege,
+    login::server::NoKeys,
+    server::{Daemon, Problem, Role, ServerOptions, default_spool_directory},
+    shutdown::Shutdown,
+    telemetry::metrics::Metrics,
+    tls::Fingerprint,
+};
+use marcot_engine::EngineConfig;
+use marcot_proto::recipient::v1::recipient_service_server::RecipientServiceServer;
+
+use crate::{
+    api::Api,
+    job::registry::Clones,
+    metrics::RecipientMetrics,
+    settings::{self, CONCURRENCY_MAX},
+};
+
+/// Largest request: a statement of 64 KiB and its options.
+const REQUEST_BYTES_MAX: usize = 1 << 20;
+
+/// The recipient's name, service and access rules. What starts or ends a clone needs a privilege
+/// that depends on the clone; its handler asks for it.
+pub const ROLE: Role = Role {
+    name: "recipient",
+    service: "marcot.recipient.v1.RecipientService",
+    rules: &[
+        ("/marcot.recipient.v1.RecipientService/GetClone", Rule::Needs(Privilege::Monitor)),
+        ("/marcot.recipient.v1.RecipientService/ListClones", Rule::Needs(Privilege::Monitor)),
+        ("/marcot.recipient.v1.RecipientService/WatchClone", Rule::Needs(Privilege::Monitor)),
+        ("/marcot.recipient.v1.RecipientService/CancelClone", Rule::Needs(Privilege::BackupAdmin)),
+        ("/marcot.recipient.v1.RecipientService/", Rule::LoggedIn),
+    ],
+};
+
+/// Clones a donor's data directory onto this host.
+///
+/// Every option can be given in the environment (as --help shows) or in a TOML file (--config).
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "marcot-recipient", version = marcot_common::config::VERSION_WITH_COMMIT)]
+pub struct Settings {
+    /// Address to take calls on; not loopback only with --accounts.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4406", env = "MARCOT_LISTEN")]
+    pub listen: SocketAddr,
+    /// Directory for the history of clones.
+    #[arg(long, value_name = "DIR", env = "MARCOT_STATE_DIRECTORY")]
+    pub state_directory: PathBuf,
+    /// The recipient server's own data directory: what CLONE LOCAL copies, and what a CLONE
+    /// INSTANCE without DATA DIRECTORY seeds.
+    #[arg(long, value_name = "DIR", env = "MARCOT_DATA_DIRECTORY")]
+    pub data_directory: Option<PathBuf>,
+    /// Root below which a new data directory may lie; may be repeated
+    /// [default: the directory that the data directory stands in].
+    #[arg(long, value_name = "DIR", env = "MARCOT_ALLOW_DIRECTORY", value_delimiter = ':')]
+    pub allow_directory: Vec<PathBuf>,
+    /// How CLONE LOCAL reads the data directory.
+    #[arg(long, default_value = "files", env = "MARCOT_ENGINE")]
+    pub engine: String,
+    /// Directory for CLONE LOCAL's temporary files [default: $TMPDIR or /var/tmp].
+    #[arg(long, value_name = "DIR", env = "MARCOT_SPOOL_DIRECTORY")]
+    pub spool_directory: Option<PathBuf>,
+    /// CA of donors' certificates (clone_ssl_ca) [default: the system's roots].
+    #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CA")]
+    pub ssl_ca: Option<PathBuf>,
+    /// Certificate that donors are shown (clone_ssl_cert).
+    #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CERT", requires = "ssl_key")]
+    pub ssl_cert: Option<PathBuf>,
+    /// Its private key (clone_ssl_key).
+    #[arg(long, value_name = "FILE", env = "MARCOT_SSL_KEY", requires = "ssl_cert")]
+    pub ssl_key: Option<PathBuf>,
+    /// SHA-256 fingerprint of the one donor certificate that is believed.
+    #[arg(long, value_name = "SHA256", env = "MARCOT_SSL_FINGERPRINT")]
+    pub ssl_fingerprint: Option<String>,
+    /// Streams of a clone (clone_max_concurrency), 1 to 128 [default: one for each core, at most 8].
+    #[arg(long, env = "MARCOT_MAX_CONCURRENCY",
+          value_parser = clap::value_parser!(u16).range(1..=CONCURRENCY_MAX as i64))]
+    pub max_concurrency: Option<u16>,
+    /// Most files and directories that a donor may list.
+    #[arg(long, default_value_t = 50_000_000, env = "MARCOT_ENTRIES_MAX")]
+    pub entries_max: u64,
+    /// What both daemons have.
+    #[command(flatten)]
+    pub server: ServerOptions,
+}
+
+/// Runs a recipient until it is told to end.
+pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
+    let Loaded { args: settings, effective } = loaded;
+    let mut prepared = settings.server.prepare(settings.listen);
+    let checked = check(&settings);
+    if let (Err(problems), Err(more)) = (&mut prepared, &checked) {
+        problems.extend(more.iter().cloned());
+    }
+    let prepared = prepared.map_err(Problem::Settings)?;
+    let checked = checked.map_err(Problem::Settings)?;
+    if settings.server.config.check_config {
+        print!("{effective}");
+        return Ok(());
+    }
+    let telemetry = settings.server.init_telemetry(ROLE)?;
+    let clones = Clones::open(checked.shared(), &settings.state_directory)
+        .map(Arc::new)
+        .map_err(|e| Problem::Running(e.message))?;
+    let shutdown = Shutdown::on_signals(None).map_err(|e| Problem::Running(e.to_string()))?;
+    let metrics = Arc::new(Metrics::new(ROLE.name));
+    RecipientMetrics::register(&metrics, &clones);
+    let service = RecipientServiceServer::new(Api::new(Arc::clone(&clones)))
+        .max_decoding_message_size(REQUEST_BYTES_MAX);
+    let daemon = Daemon { role: ROLE, options: settings.server, prepared, metrics, shutdown };
+    let drain = clones.drain();
+    let add = |routes: &mut tonic::service::RoutesBuilder| {
+        routes.add_service(service);
+    };
+    let served = daemon.serve(settings.listen, Arc::new(NoKeys), add, drain).await;
+    telemetry.shutdown();
+    Ok(served?)
+}
+
+/// Checks what the settings name, and tells all that is wrong.
+fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
+    let mut problems = Vec::new();
+    let fingerprint = settings.ssl_fingerprint.as_deref().map(Fingerprint::parse).transpose();
+    let fingerprint = fingerprint.unwrap_or_else(|e| {
+        problems.push(format!("--ssl-fingerprint: {e}"));
+        None
+    });
+    let donor_tls = ClientTls {
+        ca: settings.ssl_ca.clone(),
+        certificate: settings.ssl_cert.clone().zip(settings.ssl_key.clone()),
+        fingerprint,
+    };
+    if let Err(e) = donor_tls.load() {
+        problems.push(e.to_string());
+    }
+    for directory in &settings.allow_directory {
+        if !directory.is_absolute() || !directory.is_dir() {
+            let shown = directory.display();
+            problems.push(format!("--allow-directory {shown} is no absolute path of a directory"));
+        }
+    }
+    if let Some(directory) = &settings.data_directory
+        && !directory.is_absolute()
+    {
+        let shown = directory.display();
+        problems.push(format!("--data-directory {shown} is no absolute path"));
+    }
+    if !marcot_engine::ENGINE_NAMES.contains(&settings.engine.as_str()) {
+        let known = marcot_engine::ENGINE_NAMES.join(", ");
+        problems.push(format!("--engine {}: the engines are {known}", settings.engine));
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let spool = settings.spool_directory.clone().unwrap_or_else(default_spool_directory);
+    let engine = settings.data_directory.clone().map(|data_directory| EngineConfig {
+        engine: settings.engine.clone(),
+        data_directory,
+        spool_directory: spool,
+    });
+    Ok(settings::Settings {
+        data_directory: settings.data_directory.clone(),
+        allow_directories: settings.allow_directory.clone(),
+        donor_tls,
+        engine,
+        concurrency: settings
+            .max_concurrency
+            .map_or_else(settings::default_concurrency, usize::from),
+        entries_max: settings.entries_max,
+    })
+}

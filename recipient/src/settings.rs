@@ -1,0 +1,44 @@
+//! What the operator has set, checked once at start.
+
+use std::{path::PathBuf, sync::Arc};
+
+use marcot_common::connect::ClientTls;
+use marcot_engine::EngineConfig;
+
+/// Streams unless asked otherwise: one for each core, at most this many (the plugin's default of
+/// 16 is for hosts with as many cores).
+pub const CONCURRENCY_DEFAULT_MAX: usize = 8;
+
+/// Most streams (clone_max_concurrency).
+pub const CONCURRENCY_MAX: usize = 128;
+
+/// Settings of a recipient.
+#[derive(Debug)]
+pub struct Settings {
+    /// The recipient server's own data directory.
+    pub data_directory: Option<PathBuf>,
+    /// Roots below which a new data directory may lie.
+    pub allow_directories: Vec<PathBuf>,
+    /// TLS towards donors (clone_ssl_ca, clone_ssl_cert, clone_ssl_key).
+    pub donor_tls: ClientTls,
+    /// Engine for CLONE LOCAL; `None` without a data directory.
+    pub engine: Option<EngineConfig>,
+    /// Streams of a clone that asks for no number.
+    pub concurrency: usize,
+    /// Most entries that a donor may list.
+    pub entries_max: u64,
+}
+
+impl Settings {
+    /// Shares the settings.
+    #[must_use]
+    pub fn shared(self) -> Arc<Self> {
+        Arc::new(self)
+    }
+}
+
+/// Streams for this machine.
+#[must_use]
+pub fn default_concurrency() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).clamp(1, CONCURRENCY_DEFAULT_MAX)
+}

@@ -1,0 +1,116 @@
+//! Where a clone's files come from: a donor over the network, or an engine in this process.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use marcot_common::{entry::Totals, failure::Failure, position::Position};
+use marcot_engine::{Advanced, Engine, Snapshot, SnapshotOptions};
+use marcot_proto::donor::v1::Outcome;
+
+use crate::{
+    fetch::{StreamWork, local},
+    list::{FileList, ListReceiver},
+    plan::Cut,
+};
+
+/// A snapshot that a clone reads from.
+#[tonic::async_trait]
+pub trait Source: std::fmt::Debug + Send + Sync {
+    /// Where the snapshot began, what it is estimated to hold, and what it leaves out.
+    fn opened(&self) -> Opened;
+
+    /// How large files are cut for this source.
+    fn cut(&self) -> Cut;
+
+    /// Reads the list of `position` into `receiver`.
+    async fn list(&self, position: Position, receiver: ListReceiver) -> Result<FileList, Failure>;
+
+    /// Work for each of `count` streams.
+    fn streams(&self, count: usize) -> Vec<StreamWork>;
+
+    /// Moves on from `from`, all of which is durable.
+    async fn advance(&self, from: Position) -> Result<Advanced, Failure>;
+
+    /// Frees the snapshot. What fails is only logged: the lease ends it.
+    async fn close(&self, outcome: Outcome);
+}
+
+/// A snapshot that has been opened.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// The first stage and round.
+    pub position: Position,
+    /// What it is estimated to hold.
+    pub estimate: Totals,
+    /// Entries left out, by reason.
+    pub left_out: BTreeMap<String, u64>,
+}
+
+/// The engine in this process, for CLONE LOCAL.
+#[derive(Debug)]
+pub struct LocalSource {
+    snapshot: Arc<dyn Snapshot>,
+}
+
+impl LocalSource {
+    /// Opens a snapshot.
+    pub async fn open(engine: Arc<dyn Engine>) -> Result<Self, Failure> {
+        let open = move || engine.open(&SnapshotOptions::default());
+        let snapshot = blocking(open).await?;
+        Ok(Self { snapshot: Arc::from(snapshot) })
+    }
+}
+
+#[tonic::async_trait]
+impl Source for LocalSource {
+    fn opened(&self) -> Opened {
+        let position = self.snapshot.position();
+        Opened {
+            position,
+            estimate: self.snapshot.totals(position).unwrap_or_default(),
+            left_out: self.snapshot.left_out(),
+        }
+    }
+
+    fn cut(&self) -> Cut {
+        Cut::WholeFiles
+    }
+
+    async fn list(
+        &self,
+        position: Position,
+        mut receiver: ListReceiver,
+    ) -> Result<FileList, Failure> {
+        let snapshot = Arc::clone(&self.snapshot);
+        blocking(move || {
+            for entry in snapshot.list(position, 0)? {
+                receiver.push(&entry?)?;
+            }
+            receiver.finish(snapshot.totals(position)?)
+        })
+        .await
+    }
+
+    fn streams(&self, count: usize) -> Vec<StreamWork> {
+        let work = || -> StreamWork {
+            let snapshot = Arc::clone(&self.snapshot);
+            Box::new(move |context| local::copy_units(&snapshot, context))
+        };
+        std::iter::repeat_with(work).take(count).collect()
+    }
+
+    async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
+        let snapshot = Arc::clone(&self.snapshot);
+        blocking(move || snapshot.advance(from, &mut |_| Ok(()))).await
+    }
+
+    async fn close(&self, _: Outcome) {}
+}
+
+/// Runs blocking work on a thread of its own.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(Failure::bug(format!("work on a thread of its own stopped: {e}"))))
+}

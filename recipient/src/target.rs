@@ -1,0 +1,206 @@
+//! Where a new data directory may be: the plugin's rules, in its order, with its numbers.
+
+use std::{
+    os::unix::ffi::OsStrExt as _,
+    path::{Component, Path, PathBuf},
+};
+
+use marcot_common::failure::Failure;
+use tonic::Code;
+
+use crate::{preflight::Findings, request::CloneRequest, settings::Settings};
+
+/// Longest path, bytes, as the plugin has it (FN_REFLEN - 1).
+const PATH_BYTES_MAX: usize = 511;
+
+/// Checks the target and adds a finding for each rule.
+pub fn check(request: &CloneRequest, settings: &Settings, findings: &mut Findings) {
+    let target = &request.target;
+    let shown = target.display();
+    findings.add("path_absolute", absolute(target).map(|()| format!("{shown} is absolute")));
+    findings.add("path_length", length(target).map(|()| format!("{shown} is short enough")));
+    if target.is_relative() {
+        findings.not_checked("path_free", "the path is not absolute");
+        return;
+    }
+    let free = if request.replaces { replaceable(target) } else { free(target) };
+    findings.add("path_free", free.map(|()| format!("nothing is at {shown}")));
+    if !request.replaces {
+        let outside = outside_data_directory(target, settings);
+        findings.add("path_outside", outside.map(|()| format!("{shown} is outside")));
+    }
+    let parent = parent_is_writable(target);
+    findings.add("path_parent", parent.map(|()| "the parent directory is writable".to_owned()));
+    if !request.replaces {
+        let allowed = allowed(target, settings);
+        findings.add("path_allowed", allowed.map(|()| format!("{shown} is below an allowed root")));
+    }
+}
+
+/// The first rule that is broken: told before a clone is accepted.
+pub fn check_first(request: &CloneRequest, settings: &Settings) -> Result<(), Failure> {
+    let mut findings = Findings::default();
+    check(request, settings, &mut findings);
+    findings.into_failure().map_or(Ok(()), Err)
+}
+
+/// 1525.
+#[must_use]
+pub fn not_absolute(target: &Path) -> Failure {
+    Failure::invalid(
+        "PATH_NOT_ABSOLUTE",
+        format!("Incorrect path value: '{}'; give an absolute path without `..`", target.display()),
+    )
+    .mysql(1525)
+}
+
+fn absolute(target: &Path) -> Result<(), Failure> {
+    let plain = target.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+    let nul = target.as_os_str().as_bytes().contains(&0);
+    if target.is_absolute() && plain && !nul && target.parent().is_some() {
+        Ok(())
+    } else {
+        Err(not_absolute(target))
+    }
+}
+
+fn length(target: &Path) -> Result<(), Failure> {
+    let bytes = target.as_os_str().len();
+    if bytes < PATH_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Failure::invalid(
+        "PATH_TOO_LONG",
+        format!(
+            "The path specified for DATA DIRECTORY is too long: {bytes} bytes, less than \
+             {PATH_BYTES_MAX} are allowed"
+        ),
+    )
+    .mysql(1680))
+}
+
+/// Nothing may be there, not even a link that leads nowhere.
+fn free(target: &Path) -> Result<(), Failure> {
+    match target.symlink_metadata() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        // The parent is no directory; its own rule says so.
+        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => Ok(()),
+        Err(e) => Err(Failure::io("look at", target, &e).mysql(1006)),
+        Ok(_) => Err(Failure::new(
+            Code::AlreadyExists,
+            "TARGET_EXISTS",
+            format!(
+                "Can't create database '{}'; database exists: name a directory that is not there \
+                 yet",
+                target.display()
+            ),
+        )
+        .mysql(1007)),
+    }
+}
+
+/// The server's own data directory can be seeded while nothing is in it; replacing one with data
+/// in it is not available in this version.
+fn replaceable(target: &Path) -> Result<(), Failure> {
+    match std::fs::read_dir(target).map(|mut entries| entries.next().is_some()) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Failure::io("read directory", target, &e)),
+        Ok(true) => Err(Failure::unimplemented(&format!(
+            "{} holds data; name a DATA DIRECTORY, or move the data away. To replace it in place",
+            target.display()
+        ))),
+        // An empty directory makes way for the new one.
+        Ok(false) => Ok(()),
+    }
+}
+
+fn outside_data_directory(target: &Path, settings: &Settings) -> Result<(), Failure> {
+    let Some(data_directory) = &settings.data_directory else {
+        return Ok(());
+    };
+    let Ok(data_directory) = data_directory.canonicalize() else {
+        return Ok(());
+    };
+    if resolve(target).starts_with(&data_directory) {
+        return Err(Failure::precondition(
+            "PATH_IN_DATADIR",
+            format!(
+                "Path is within the current data directory '{}'; choose a path outside of it",
+                data_directory.display()
+            ),
+        )
+        .mysql(3632));
+    }
+    Ok(())
+}
+
+fn parent_is_writable(target: &Path) -> Result<(), Failure> {
+    let parent = target.parent().unwrap_or(Path::new("/"));
+    let failed = |why: String| {
+        Err(Failure::precondition(
+            "PARENT_NOT_WRITABLE",
+            format!(
+                "Can't create database '{}': its parent directory {} {why}",
+                target.display(),
+                parent.display()
+            ),
+        )
+        .mysql(1006))
+    };
+    match parent.metadata() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return failed("does not exist; make it first".to_owned());
+        }
+        Err(e) => return failed(format!("cannot be looked at: {e}")),
+        Ok(metadata) if !metadata.is_dir() => return failed("is no directory".to_owned()),
+        Ok(_) => {}
+    }
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    let flags = rustix::fs::AtFlags::EACCESS;
+    match rustix::fs::accessat(rustix::fs::CWD, parent, access, flags) {
+        Ok(()) => Ok(()),
+        Err(e) => failed(format!("is not writable for this process: {e}")),
+    }
+}
+
+fn allowed(target: &Path, settings: &Settings) -> Result<(), Failure> {
+    let roots = allowed_roots(settings);
+    let resolved = resolve(target);
+    let below = |root: &PathBuf| {
+        root.canonicalize().is_ok_and(|root| resolved.starts_with(&root) && resolved != root)
+    };
+    if roots.iter().any(below) {
+        return Ok(());
+    }
+    let shown: Vec<String> = roots.iter().map(|root| root.display().to_string()).collect();
+    let shown = if shown.is_empty() { "none".to_owned() } else { shown.join(", ") };
+    Err(Failure::precondition(
+        "PATH_NOT_ALLOWED",
+        format!(
+            "{} lies below no directory that the operator has allowed ({shown}); choose another \
+             path, or start the recipient with --allow-directory",
+            target.display()
+        ),
+    )
+    .mysql(1290))
+}
+
+/// What the operator has allowed; by default the directory that the data directory stands in.
+fn allowed_roots(settings: &Settings) -> Vec<PathBuf> {
+    if !settings.allow_directories.is_empty() {
+        return settings.allow_directories.clone();
+    }
+    let beside = settings.data_directory.as_ref().and_then(|directory| directory.parent());
+    beside.map(PathBuf::from).into_iter().collect()
+}
+
+/// The path with the links of what exists of it resolved.
+fn resolve(target: &Path) -> PathBuf {
+    for ancestor in target.ancestors() {
+        if let Ok(resolved) = ancestor.canonicalize() {
+            let rest = target.strip_prefix(ancestor).unwrap_or(Path::new(""));
+            return resolved.join(rest);
+        }
+    }
+    target.to_owned()
+}

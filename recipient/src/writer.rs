@@ -1,0 +1,260 @@
+//! Writes one unit into staging, in order, and makes it durable.
+//!
+//! Invariants:
+//! * Every byte of every part is written once, in order: whatever else a donor sends is an error.
+//! * At most `SEGMENT_BYTES` of a unit are not yet durable.
+//! * When `finish` returns, all of the unit is durable but for what it reports as unfinished.
+
+use std::{fs::File, io::IoSlice};
+
+use bytes::Bytes;
+use marcot_common::failure::Failure;
+
+use crate::{
+    plan::{Part, SEGMENT_BYTES, Unit},
+    progress::Progress,
+    staging::Staging,
+};
+
+/// Dirty bytes after which writing back begins: the disk works while the network does.
+const WRITE_BACK_BYTES: u64 = 8 << 20;
+
+/// Most parts of a unit that are made durable one by one; with more, one syncfs is cheaper.
+const SYNCED_SINGLY_MAX: usize = 4;
+
+/// Most slices in one pwritev call, below the kernel's IOV_MAX of 1024.
+const SLICES_MAX: usize = 512;
+
+/// A file that could not be read in this round; the next round must list it again.
+#[derive(Debug, Clone)]
+pub struct Unfinished {
+    /// The file, and where it was to go.
+    pub part: Part,
+    /// Why.
+    pub failure: Failure,
+}
+
+/// Writes a unit.
+#[derive(Debug)]
+pub struct UnitWriter<'a> {
+    staging: &'a Staging,
+    progress: &'a Progress,
+    unit: &'a Unit,
+    /// Index of the part that is being written.
+    index: usize,
+    /// Bytes of it that are done.
+    done: u64,
+    file: Option<File>,
+    dirty_bytes: u64,
+    write_back_from: u64,
+    unfinished: Vec<Unfinished>,
+}
+
+impl<'a> UnitWriter<'a> {
+    /// Begins a unit.
+    pub fn new(staging: &'a Staging, progress: &'a Progress, unit: &'a Unit) -> Self {
+        Self {
+            staging,
+            progress,
+            unit,
+            index: 0,
+            done: 0,
+            file: None,
+            dirty_bytes: 0,
+            write_back_from: 0,
+            unfinished: Vec::new(),
+        }
+    }
+
+    /// The part that is next, and the offset in its file; `None` when all are done.
+    pub fn awaited(&mut self) -> Result<Option<(&'a Part, u64)>, Failure> {
+        while let Some(part) = self.unit.parts.get(self.index) {
+            if self.done < part.length {
+                return Ok(Some((part, part.offset + self.done)));
+            }
+            self.open(part)?;
+            self.close(part)?;
+        }
+        Ok(None)
+    }
+
+    /// Index of the part that is next among those that have bytes.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Writes the next bytes. `pieces` hold exactly `length` bytes.
+    pub fn write(
+        &mut self,
+        file_id: u64,
+        offset: u64,
+        length: u64,
+        pieces: &[Bytes],
+    ) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        let mut at = offset;
+        let staging = self.staging;
+        let file = self.open(part)?;
+        for group in pieces.chunks(SLICES_MAX) {
+            at = write_all_at(file, group, at).map_err(|e| {
+                let shown = staging.tree().join(part.path.as_path());
+                Failure::io("write", &shown, &e)
+            })?;
+        }
+        if at != offset + length {
+            return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
+        }
+        self.advance(part, length, length)
+    }
+
+    /// Passes over a hole: a fresh file reads as zero there.
+    pub fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        self.open(part)?;
+        self.progress.hole_bytes.add(length);
+        self.advance(part, length, 0)
+    }
+
+    /// The file to copy into directly, for a copy by the file system.
+    pub fn file(&mut self) -> Result<Option<&File>, Failure> {
+        let Some((part, _)) = self.awaited()? else {
+            return Ok(None);
+        };
+        self.open(part).map(Some)
+    }
+
+    /// Counts bytes that were copied into `file` directly.
+    pub fn copied(&mut self, length: u64) -> Result<(), Failure> {
+        let Some((part, _)) = self.awaited()? else {
+            return Err(Failure::bug("copied beyond the unit"));
+        };
+        self.advance(part, length, length)
+    }
+
+    /// Gives a file up, the present one or the one just finished: the next round must list it
+    /// again. The donor finds a change only after it has sent the last byte.
+    pub fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure> {
+        self.awaited()?;
+        let parts = &self.unit.parts;
+        let present = parts.get(self.index).filter(|part| part.file_id.0 == file_id);
+        if let Some(part) = present {
+            self.file = None;
+            self.dirty_bytes = 0;
+            self.unfinished.push(Unfinished { part: part.clone(), failure });
+            self.index += 1;
+            self.done = 0;
+            return Ok(());
+        }
+        let finished = parts[..self.index].iter().rev().find(|part| part.length > 0);
+        match finished.filter(|part| part.file_id.0 == file_id && self.done == 0) {
+            Some(part) => {
+                self.unfinished.push(Unfinished { part: part.clone(), failure });
+                Ok(())
+            }
+            None => Err(Failure::peer_misbehaved(format!(
+                "file {file_id} failed while it was not being read"
+            ))),
+        }
+    }
+
+    /// Makes the unit durable.
+    pub fn finish(mut self) -> Result<Vec<Unfinished>, Failure> {
+        if let Some((part, offset)) = self.awaited()? {
+            return Err(Failure::peer_misbehaved(format!(
+                "{} ended at byte {offset} of {}",
+                part.path,
+                part.offset + part.length
+            )));
+        }
+        if self.unit.parts.len() > SYNCED_SINGLY_MAX {
+            self.staging.sync()?;
+        }
+        Ok(self.unfinished)
+    }
+
+    fn check(&mut self, file_id: u64, offset: u64, length: u64) -> Result<&'a Part, Failure> {
+        let Some((part, awaited)) = self.awaited()? else {
+            return Err(Failure::peer_misbehaved(format!(
+                "{length} bytes of file {file_id} came after the last range"
+            )));
+        };
+        let left = part.offset + part.length - awaited;
+        if part.file_id.0 != file_id || offset != awaited || length == 0 || length > left {
+            return Err(Failure::peer_misbehaved(format!(
+                "bytes {offset}+{length} of file {file_id} came where at most {left} bytes of file \
+                 {} at {awaited} were awaited",
+                part.file_id.0
+            )));
+        }
+        Ok(part)
+    }
+
+    fn open(&mut self, part: &Part) -> Result<&File, Failure> {
+        if self.file.is_none() {
+            self.file = Some(self.staging.open_file(&part.path, part.size)?);
+            self.write_back_from = part.offset;
+        }
+        self.file.as_ref().ok_or_else(|| Failure::bug("no file is open"))
+    }
+
+    fn advance(&mut self, part: &'a Part, length: u64, data: u64) -> Result<(), Failure> {
+        self.done += length;
+        self.dirty_bytes += data;
+        self.progress.data_bytes.add(data);
+        let at = part.offset + self.done;
+        if let Some(file) = &self.file {
+            if self.dirty_bytes >= SEGMENT_BYTES {
+                sync(file, part)?;
+                self.dirty_bytes = 0;
+                self.write_back_from = at;
+            } else if at - self.write_back_from >= WRITE_BACK_BYTES && data > 0 {
+                marcot_common::os::start_write_back(file, self.write_back_from, at);
+                self.write_back_from = at;
+            }
+        }
+        if self.done == part.length {
+            self.close(part)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the present part.
+    fn close(&mut self, part: &Part) -> Result<(), Failure> {
+        if let Some(file) = self.file.take() {
+            if let Some(entry) = &part.whole {
+                self.staging.finish_file(&file, entry)?;
+                self.progress.files_copied.add(1);
+            } else if part.offset + part.length == part.size {
+                self.progress.files_copied.add(1);
+            }
+            if self.unit.parts.len() <= SYNCED_SINGLY_MAX {
+                sync(&file, part)?;
+            }
+        }
+        self.index += 1;
+        self.done = 0;
+        self.dirty_bytes = 0;
+        Ok(())
+    }
+}
+
+fn sync(file: &File, part: &Part) -> Result<(), Failure> {
+    // A failed fsync is never tried again: the kernel has dropped the pages that it speaks of.
+    file.sync_data().map_err(|e| Failure::io("sync", part.path.as_path(), &e))
+}
+
+/// Writes all pieces; returns the offset after them.
+fn write_all_at(file: &File, pieces: &[Bytes], mut offset: u64) -> std::io::Result<u64> {
+    let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+    let mut left = &mut slices[..];
+    while !left.is_empty() {
+        let written = rustix::io::pwritev(file, left, offset)?;
+        if written == 0 {
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        offset += written as u64;
+        IoSlice::advance_slices(&mut left, written);
+    }
+    Ok(offset)
+}
