@@ -1,0 +1,47 @@
+# One command for each thing that people and CI do here. `make demo` and `make test` do all their
+# set-up themselves.
+
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help demo test lint compare clients bench descriptor \
+	soak crash-matrix faults fuzz test-mysql deploy-test audit
+
+help:
+	@echo "make demo                   clone a sample directory over TLS, and check the copy"
+	@echo "make test                   install what the tests need, then run all tests"
+	@echo "make lint                   fmt, clippy, docs, cargo-deny, buf"
+	@echo "make compare [PLANT=1]      clone a tree of every kind of entry three ways and compare"
+	@echo "make clients                drive both services by grpcio and grpcurl"
+	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
+	@echo "make descriptor             accept the API as it is now for buf breaking"
+
+demo:
+	@tests/tools/demo.sh
+
+test:
+	@tests/tools/setup.sh test
+	@tests/tools/test.sh
+
+lint:
+	@tests/tools/setup.sh lint
+	@tests/tools/lint.sh
+
+compare:
+	@tests/tools/compare.sh
+
+clients:
+	@tests/tools/setup.sh test
+	@tests/tools/clients.sh
+
+BENCH ?= files
+bench:
+	@tests/tools/bench.sh $(BENCH)
+
+descriptor:
+	@tests/tools/setup.sh lint
+	@tests/tools/descriptor.sh
+
+soak crash-matrix faults fuzz test-mysql deploy-test audit:
+	@echo "make $@: not available yet" >&2
+	@exit 1

@@ -1,0 +1,63 @@
+//! Certificates for tests: a CA, and what it signs.
+
+use std::path::{Path, PathBuf};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+};
+
+/// A CA in a directory of its own.
+pub struct Certificates {
+    directory: PathBuf,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Certificates {
+    /// Makes a CA; its certificate is `ca.pem` in `directory`.
+    #[must_use]
+    pub fn create(directory: &Path) -> Self {
+        std::fs::create_dir_all(directory).expect("a writable directory");
+        let mut params = CertificateParams::new(Vec::<String>::new()).expect("no names");
+        params.distinguished_name.push(DnType::CommonName, "Marcot test CA");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let issuer = CertifiedIssuer::self_signed(params, key).expect("a certificate");
+        std::fs::write(directory.join("ca.pem"), issuer.pem()).expect("writable");
+        Self { directory: directory.to_owned(), issuer }
+    }
+
+    /// The CA's certificate.
+    #[must_use]
+    pub fn ca(&self) -> String {
+        self.path("ca.pem")
+    }
+
+    /// Signs a certificate for `names`; returns the paths of chain and key.
+    #[must_use]
+    pub fn sign(&self, label: &str, names: &[&str]) -> (String, String) {
+        self.sign_until(label, names, 2049)
+    }
+
+    /// A certificate that ended long ago.
+    #[must_use]
+    pub fn sign_expired(&self, label: &str, names: &[&str]) -> (String, String) {
+        self.sign_until(label, names, 2002)
+    }
+
+    fn sign_until(&self, label: &str, names: &[&str], year: i32) -> (String, String) {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let mut params = CertificateParams::new(names).expect("names");
+        params.not_before = date_time_ymd(2001, 1, 1);
+        params.not_after = date_time_ymd(year, 1, 1);
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let (chain, secret) = (format!("{label}.pem"), format!("{label}.key"));
+        std::fs::write(self.directory.join(&chain), certificate.pem()).expect("writable");
+        std::fs::write(self.directory.join(&secret), key.serialize_pem()).expect("writable");
+        (self.path(&chain), self.path(&secret))
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+}

@@ -1,0 +1,56 @@
+//! Calls on a recipient under test.
+
+use marcot_proto::{
+    common::v1::Failure,
+    recipient::v1::{
+        Clone, CloneStatementRequest, State, WatchCloneRequest,
+        recipient_service_client::RecipientServiceClient,
+    },
+};
+use tonic::transport::Channel;
+
+use crate::Recipient;
+
+/// A client of a recipient, in plaintext on loopback.
+pub async fn recipient(recipient: &Recipient) -> RecipientServiceClient<Channel> {
+    RecipientServiceClient::connect(format!("http://{}", recipient.0.address))
+        .await
+        .expect("the recipient takes calls")
+}
+
+/// Starts a clone by its statement and waits for its end.
+pub async fn clone_and_wait(
+    client: &mut RecipientServiceClient<Channel>,
+    statement: &str,
+) -> Clone {
+    let request = CloneStatementRequest { statement: statement.to_owned(), ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    wait_for_end(client, &name).await
+}
+
+/// Waits for the end of a clone.
+pub async fn wait_for_end(client: &mut RecipientServiceClient<Channel>, name: &str) -> Clone {
+    let request = WatchCloneRequest { name: name.to_owned(), ..Default::default() };
+    let mut stream = client.watch_clone(request).await.expect("the clone exists").into_inner();
+    let mut last = None;
+    while let Some(message) = stream.message().await.expect("the watch goes on") {
+        last = message.clone;
+    }
+    last.expect("a watch sends the clone")
+}
+
+/// Starts a clone that must not complete, and returns its error, whether it was refused at once or
+/// failed later.
+pub async fn clone_error(client: &mut RecipientServiceClient<Channel>, statement: &str) -> Failure {
+    let request = CloneStatementRequest { statement: statement.to_owned(), ..Default::default() };
+    match client.clone_statement(request).await {
+        Err(status) => marcot_common::failure::Failure::from_status(&status).to_wire(),
+        Ok(started) => {
+            let name = started.into_inner().clone.expect("a clone").name;
+            let end = wait_for_end(client, &name).await;
+            assert_eq!(end.state(), State::Failed, "{statement}: {end:?}");
+            end.error.expect("a failed clone says why")
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Daemons under test: started until they take calls, ended when dropped, their logs shown when a
+//! test fails.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use crate::{target_directory, wait_for};
+
+/// A process that is killed when it is dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+    /// Where it takes calls.
+    pub address: SocketAddr,
+    /// Its admin port, if it has one.
+    pub admin: Option<SocketAddr>,
+    /// Of its certificate, if it has one.
+    pub fingerprint: Option<String>,
+}
+
+impl Daemon {
+    fn start(name: &str, home: &Path, arguments: &[String]) -> Self {
+        let number = std::fs::read_dir(home).expect("home is readable").count();
+        let ready = home.join(format!("{name}-{number}.ready"));
+        let log = home.join(format!("{name}-{number}.log"));
+        let output = File::create(&log).expect("home is writable");
+        let mut child = Command::new(target_directory().join(name))
+            .args(arguments)
+            .args(["--listen", "127.0.0.1:0", "--log", "info"])
+            .arg("--ready-file")
+            .arg(&ready)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().expect("a file can be shared"))
+            .stderr(output)
+            .spawn()
+            .unwrap_or_else(|e| panic!("start {name}: {e}"));
+        let text = wait_for(&format!("{name} to take calls"), || {
+            if let Some(status) = child.try_wait().expect("a child can be waited for") {
+                panic!("{name} ended with {status}:\n{}", read(&log));
+            }
+            std::fs::read_to_string(&ready).ok()
+        });
+        let field = |key: &str| -> Option<String> {
+            let (_, rest) = text.split_once(&format!("\"{key}\":\""))?;
+            rest.split('"').next().map(str::to_owned)
+        };
+        let address = |key| field(key).map(|text| text.parse().expect("an address"));
+        Self {
+            address: address("listen").expect("a daemon tells where it listens"),
+            admin: address("admin_listen"),
+            fingerprint: field("fingerprint"),
+            child,
+            log,
+        }
+    }
+
+    /// What it has logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Most memory that it has held, bytes.
+    #[must_use]
+    pub fn peak_rss_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .expect("a running process has a status");
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("VmHWM");
+        let kib = line.split_whitespace().nth(1).expect("a number");
+        kib.parse::<u64>().expect("a number") << 10
+    }
+
+    /// Open descriptors now.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
+    }
+
+    /// Kills it without a word.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("a child can be killed");
+        self.child.wait().expect("a child can be waited for");
+    }
+
+    /// Asks it to end, and waits for its exit code.
+    pub fn terminate(&mut self) -> Option<i32> {
+        let pid = i32::try_from(self.pid()).expect("a process id");
+        let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("our own child");
+        wait_for("the daemon to end", || self.child.try_wait().expect("our own child")).code()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if std::thread::panicking() {
+            eprintln!("--- {}\n{}", self.log.display(), read(&self.log));
+        }
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// A donor.
+#[derive(Debug)]
+pub struct Donor(pub Daemon);
+
+impl Donor {
+    /// Starts a donor of `data_directory`, with more options.
+    #[must_use]
+    pub fn start(home: &Path, data_directory: &Path, options: &[&str]) -> Self {
+        let mut arguments =
+            vec!["--data-directory".to_owned(), data_directory.display().to_string()];
+        arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
+        arguments.extend(options.iter().map(ToString::to_string));
+        Self(Daemon::start("marcot-donor", home, &arguments))
+    }
+
+    /// Its port.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.0.address.port()
+    }
+
+    /// A statement that clones it to `target`.
+    #[must_use]
+    pub fn statement(&self, target: &Path, clause: &str) -> String {
+        format!(
+            "CLONE INSTANCE FROM 'clone'@'127.0.0.1':{} IDENTIFIED BY 'secret' \
+             DATA DIRECTORY = '{}' {clause}",
+            self.port(),
+            target.display()
+        )
+    }
+}
+
+/// A recipient.
+#[derive(Debug)]
+pub struct Recipient(pub Daemon);
+
+impl Recipient {
+    /// Starts a recipient that may write below `home`, with more options.
+    #[must_use]
+    pub fn start(home: &Path, options: &[&str]) -> Self {
+        let state = home.join("state");
+        let mut arguments = vec!["--state-directory".to_owned(), state.display().to_string()];
+        arguments.extend(["--allow-directory".to_owned(), home.display().to_string()]);
+        arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
+        arguments.extend(["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()]);
+        arguments.extend(options.iter().map(ToString::to_string));
+        Self(Daemon::start("marcot-recipient", home, &arguments))
+    }
+}

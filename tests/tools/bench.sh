@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# make bench: builds for release, then measures. See bench.py.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. tests/tools/pair.sh
+
+need python3 python3
+need openssl openssl
+# shellcheck disable=SC2154  # pair.sh sets work and bin
+if [[ ${1:-files} == files ]]; then need rsync rsync; fi
+build_binaries release
+make_work bench
+make_certificates
+python3 tests/tools/bench.py "${1:-files}" --bin "$bin" --work "$work" --tls "$work/tls"
