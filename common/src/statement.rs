@@ -21,6 +21,21 @@ use crate::{connect::SslMode, failure::Failure};
 /// Longest statement, bytes.
 pub const STATEMENT_BYTES_MAX: usize = 64 << 10;
 
+/// Words of the grammar.
+pub const KEYWORDS: [&str; 11] = [
+    "CLONE",
+    "LOCAL",
+    "INSTANCE",
+    "FROM",
+    "IDENTIFIED",
+    "BY",
+    "DATA",
+    "DIRECTORY",
+    "REQUIRE",
+    "NO",
+    "SSL",
+];
+
 /// A password: shown by nothing, and wiped when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Password(Zeroizing<String>);
@@ -187,13 +202,13 @@ impl<'a> Parser<'a> {
 
     fn instance(&mut self) -> Result<Statement, StatementError> {
         self.keyword("FROM")?;
+        self.secret_from = self.next;
         let user = self.text_token("the donor's user, as in 'user'@'host':port")?;
         self.symbol('@', "`@` and the donor's host, as in 'user'@'host':port")?;
         let host = self.host()?;
         let port = self.port()?;
         self.keyword("IDENTIFIED")?;
         self.keyword("BY")?;
-        self.secret_from = self.next;
         let password = match self.peek() {
             Some(TokenKind::Quoted(text, quote)) if *quote != '`' => text.clone(),
             _ => return Err(self.error("the password in quotes")),
@@ -332,21 +347,33 @@ impl<'a> Parser<'a> {
 
     /// The present token is not what was expected.
     fn error(&self, expected: &str) -> StatementError {
-        match self.tokens.get(self.next) {
-            None => self.error_at(self.text.len(), "the end", expected),
-            Some(token) if self.next >= self.secret_from => {
-                self.error_at(token.start, "the password clause", expected)
-            }
+        let Some(token) = self.tokens.get(self.next) else {
+            return self.error_at(self.text.len(), "the end", expected);
+        };
+        let near = match &token.kind {
             // A string may be the password, in the wrong place.
-            Some(Token { kind: TokenKind::Quoted(..), start, .. }) => {
-                self.error_at(*start, "a string in quotes", expected)
+            TokenKind::Quoted(..) => "a string in quotes".to_owned(),
+            TokenKind::Bare(_) | TokenKind::Symbol(_) if self.may_be_secret(token) => {
+                "a word".to_owned()
             }
-            Some(token) => {
+            _ => {
                 let shown: String = self.text[token.start..token.end].chars().take(40).collect();
-                let shown = shown.escape_debug().to_string();
-                self.error_at(token.start, &format!("`{shown}`"), expected)
+                format!("`{}`", shown.escape_debug())
             }
-        }
+        };
+        self.error_at(token.start, &near, expected)
+    }
+
+    /// Who forgets a word types the password in its place, and a quote that is missing, or one too
+    /// many, turns strings inside out. Signs and words of the grammar tell nothing anywhere.
+    fn may_be_secret(&self, token: &Token) -> bool {
+        let of_grammar = match &token.kind {
+            TokenKind::Bare(word) => KEYWORDS.iter().any(|k| k.eq_ignore_ascii_case(word)),
+            kind => matches!(kind, TokenKind::Symbol(':' | ';' | '=' | '@')),
+        };
+        let is_quoted = |token: &Token| matches!(token.kind, TokenKind::Quoted(..));
+        let exposed = self.next >= self.secret_from || self.tokens.iter().any(is_quoted);
+        exposed && !of_grammar
     }
 
     fn error_at(&self, offset: usize, near: &str, expected: &str) -> StatementError {

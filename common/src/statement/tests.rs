@@ -113,6 +113,34 @@ fn redacted_hides_the_secret_and_debug_does_too() {
     assert!(!format!("{statement:?}").contains("hunter2"));
 }
 
+/// Guards the password: a quote that is missing or one too many turns strings inside out, and a
+/// word that is missing puts the password in its place.
+#[test]
+fn one_slip_of_the_finger_shows_no_password() {
+    const SECRET: &str = "hunter2";
+    for right in [
+        "CLONE INSTANCE FROM 'u'@'h':1 IDENTIFIED BY 'hunter2' DATA DIRECTORY '/d' REQUIRE SSL",
+        "CLONE INSTANCE FROM u@h:1 IDENTIFIED BY 'x hunter2 y'",
+        "CLONE INSTANCE FROM u@h:1 IDENTIFIED BY hunter2",
+        "CLONE INSTANCE FROM u@h:1 IDENTIFIED hunter2",
+        "CLONE INSTANCE FROM u@h:1 hunter2",
+        "CLONE INSTANCE FROM u hunter2",
+    ] {
+        for at in 0..right.len() {
+            let mut texts = vec![format!("{}{}", &right[..at], &right[at + 1..])];
+            texts.extend(
+                ["'", "\"", "`", "/*", "#", ":", " "]
+                    .map(|slip| format!("{}{slip}{}", &right[..at], &right[at..])),
+            );
+            for text in texts {
+                if let Err(error) = Statement::parse(&text) {
+                    assert!(!error.to_string().contains(SECRET), "{text}: {error}");
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn any_text_is_a_statement_or_an_error(text in "\\PC{0,200}") {
