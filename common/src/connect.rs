@@ -176,14 +176,14 @@ impl From<Failure> for Refusal {
 
 async fn connect_plain(options: &ConnectOptions) -> Result<DonorConnection, Failure> {
     let (stream, peer) = connect_tcp(options).await?;
-    // One peek: a server that speaks first is no server of Marcot.
+    // One peek: a server that speaks first, and not HTTP/2, is no server of Marcot.
     let mut greeting = [0; 64];
     if let Ok(seen) = tokio::time::timeout(GREETING_WAIT, stream.peek(&mut greeting)).await {
-        let seen = seen.unwrap_or(0);
-        return Err(unreachable(
-            2007,
-            format!("{} {}", options.name(), peer::describe(&greeting[..seen])),
-        ));
+        let greeting = &greeting[..seen.unwrap_or(0)];
+        if !peer::is_http2(greeting) {
+            let text = format!("{} {}", options.name(), peer::describe(greeting));
+            return Err(unreachable(2007, text));
+        }
     }
     let seen = Seen::default();
     let io = Recorder { io: stream, seen: seen.clone() };

@@ -155,7 +155,10 @@ async fn log_in(
         login::log_in_with_password(&mut client, security, &request.user, &request.password).await;
     match result {
         Ok(_) => Ok(true),
-        Err(failure) if failure.reason == "NO_ACCOUNTS" => Ok(false),
+        // What has no log-in at all is told by its next answer.
+        Err(failure) if matches!(failure.reason.as_ref(), "NO_ACCOUNTS" | "PEER_LACKS_METHOD") => {
+            Ok(false)
+        }
         Err(failure) => Err(failure.from_donor()),
     }
 }

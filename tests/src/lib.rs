@@ -4,6 +4,7 @@
 
 pub mod certificates;
 pub mod client;
+pub mod hostile;
 pub mod mariadb;
 pub mod process;
 pub mod tree;

@@ -30,6 +30,11 @@ pub(super) fn describe_if_known(seen: &[u8]) -> Option<String> {
     if seen.starts_with(b"HTTP/") {
         return Some("is an HTTP server, no Marcot donor".to_owned());
     }
+    if is_http2(seen) {
+        let text = "speaks HTTP/2 without TLS; if it is a Marcot server behind a proxy, connect \
+                    without TLS (REQUIRE NO SSL)";
+        return Some(text.to_owned());
+    }
     if seen.starts_with(b"SSH-") {
         return Some("is an SSH server, no Marcot donor".to_owned());
     }
@@ -37,6 +42,11 @@ pub(super) fn describe_if_known(seen: &[u8]) -> Option<String> {
         return Some("speaks TLS, but not HTTP/2; it is no Marcot donor".to_owned());
     }
     None
+}
+
+/// A SETTINGS frame on stream 0: some HTTP/2 servers send it before the client has said a word.
+pub(super) fn is_http2(seen: &[u8]) -> bool {
+    matches!(seen, [0, 0, _, 4, 0, 0, 0, 0, 0, ..])
 }
 
 /// Handshake packet of the classic protocol: length, sequence 0, protocol 10, version string.
@@ -68,11 +78,12 @@ mod tests {
     #[test]
     fn known_peers_are_told_as_what_they_are() {
         let greeting = b"\x5d\x00\x00\x00\x0a10.11.19-MariaDB\x00rest";
-        let cases: [(&[u8], &str); 6] = [
+        let cases: [(&[u8], &str); 7] = [
             (greeting, "MySQL or MariaDB server (10.11.19-MariaDB)"),
             (b"\x48\x00\x00\x00\xff\x6a\x04Host is blocked", "refuses this host"),
             (b"\x05\x00\x00\x00\x0b\x08\x05\x1a\x00", "X Protocol"),
             (b"HTTP/1.1 400 Bad Request", "HTTP server"),
+            (b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00", "HTTP/2 without TLS"),
             (b"SSH-2.0-OpenSSH_9.2", "SSH server"),
             (b"\x15\x03\x01\x00\x02\x02\x46", "speaks TLS"),
         ];

@@ -173,11 +173,11 @@ impl AuthService for LogInService {
         &self,
         request: tonic::Request<Streaming<pb::LogInRequest>>,
     ) -> Result<tonic::Response<Self::LogInStream>, Status> {
-        let connection = access::connection(request.extensions())
-            .ok_or_else(|| Failure::bug("a call without its connection"))?;
         if self.accounts.is_none() {
             return Err(no_accounts().into());
         }
+        let connection = access::connection(request.extensions())
+            .ok_or_else(|| Failure::bug("a call without its connection"))?;
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
             let text = format!("{LOG_INS_MAX} log-ins are under way");
             Failure::new(Code::ResourceExhausted, "TOO_MANY_LOG_INS", text)
