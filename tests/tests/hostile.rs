@@ -2,8 +2,8 @@
 //! of staging, and nothing is left.
 //!
 //! Guarded mechanisms, each seen to fail its cases when it was taken out: the component check of
-//! `RelativePath::new`, the order check of `ListReceiver::push`, `NO_SYMLINKS` of `staging`, the
-//! CRC-32C of `check_chunk`, the coverage check of `UnitWriter::check`, the bound of `entries_max`.
+//! `RelativePath::new`, the order check of `ListReceiver::push`, the CRC-32C of `check_chunk`, the
+//! coverage check of `UnitWriter::check`, the bound of `entries_max`.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
@@ -152,6 +152,20 @@ async fn hostile_lists_end_in_a_typed_error_and_write_nothing() {
         assert_eq!(failure.reason, "PEER_MISBEHAVED", "{name}: {failure:?}");
         assert_eq!(failure.error_number, 3863, "{name}");
     }
+    // A first round's entries lie in listed directories; a later one's in what is staged.
+    let later = Behaviour {
+        list: Arc::new(|round| {
+            let entries = match round {
+                1 => vec![directory(0, b"a"), symlink(1, b"b", b"a")],
+                _ => vec![FileEntry { file_id: 9, ..file(0, b"b/x", CONTENT.len() as u64) }],
+            };
+            Box::new(entries.into_iter())
+        }),
+        advance: Arc::new(|n| if n == 0 { (Stage::FileCopy, 2) } else { (Stage::Done, 1) }),
+        ..Behaviour::honest()
+    };
+    let failure = victim.fails("below a link, later", later).await;
+    assert_eq!(failure.reason, "PEER_MISBEHAVED", "{failure:?}");
     let wrong = Behaviour {
         totals: Some(Totals { entries: 7, ..Totals::default() }),
         ..Behaviour::honest()
