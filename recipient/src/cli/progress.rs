@@ -11,7 +11,7 @@ use marcot_proto::{
     recipient::v1::{Clone, StageProgress, State},
 };
 
-use super::output::{human_bytes, human_seconds, stage_name};
+use super::output::{clean, human_bytes, human_seconds, stage_name};
 
 /// Least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -68,6 +68,13 @@ impl Shown {
         }
     }
 
+    /// Nothing more will be shown, though the clone goes on.
+    pub(super) fn leave(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
     pub(super) fn finish(&self, clone: &Clone) {
         let Some(bar) = &self.bar else { return };
         if clone.state() == State::Completed {
@@ -111,7 +118,7 @@ fn describe(clone: &Clone, row: &StageProgress) -> String {
         text.push_str(&format!(", {} left", human_seconds(eta.seconds.unsigned_abs())));
     }
     if !clone.stall_reason.is_empty() {
-        text.push_str(&format!(", {}", clone.stall_reason));
+        text.push_str(&format!(", {}", clean(&clone.stall_reason)));
     }
     text
 }
