@@ -101,6 +101,9 @@ pub struct Totals {
     pub size_bytes: u64,
     /// Bytes of regular files on the donor's disk.
     pub allocated_bytes: u64,
+    /// Bytes of regular files that have to be read: holes, and the ends of last blocks, are not
+    /// among them. Does not travel.
+    pub data_bytes: u64,
 }
 
 impl Totals {
@@ -111,6 +114,7 @@ impl Totals {
             self.files += 1;
             self.size_bytes = self.size_bytes.saturating_add(size);
             self.allocated_bytes = self.allocated_bytes.saturating_add(allocated);
+            self.data_bytes = self.data_bytes.saturating_add(size.min(allocated));
         }
     }
 }

@@ -201,6 +201,7 @@ pub fn totals(message: Option<pb::Totals>) -> Totals {
         files: t.files,
         size_bytes: t.size_bytes,
         allocated_bytes: t.allocated_bytes,
+        data_bytes: t.size_bytes.min(t.allocated_bytes),
     }
 }
 

@@ -348,3 +348,52 @@ fn human_bytes(bytes: u64) -> String {
     }
     format!("{value:.2} {unit}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ESTIMATE: Totals = Totals {
+        entries: 10,
+        files: 8,
+        size_bytes: 1 << 40,
+        allocated_bytes: 1 << 30,
+        data_bytes: 0,
+    };
+
+    fn free(bytes: u64, inodes: u64, inodes_total: u64) -> FreeSpace {
+        FreeSpace { bytes, inodes, inodes_total }
+    }
+
+    #[test]
+    fn space_is_what_is_allocated_and_a_margin() {
+        let parent = Path::new("/p");
+        let needed = (1 << 30) + SPACE_MARGIN_BYTES;
+        enough_bytes(parent, &free(needed, 0, 0), ESTIMATE).unwrap();
+        let failure = enough_bytes(parent, &free(needed - 1, 0, 0), ESTIMATE).unwrap_err();
+        assert_eq!(failure.mysql_error, Some(3873));
+        let text = "Clone estimated database size is 1.06 GiB. Available space 1.06 GiB";
+        assert!(failure.message.starts_with(text), "{failure}");
+    }
+
+    #[test]
+    fn inodes_count_where_a_file_system_has_a_number_of_them() {
+        let parent = Path::new("/p");
+        enough_inodes(parent, &free(0, 10, 10), ESTIMATE).unwrap();
+        enough_inodes(parent, &free(0, 0, 0), ESTIMATE).unwrap();
+        let failure = enough_inodes(parent, &free(0, 9, 100), ESTIMATE).unwrap_err();
+        assert_eq!(failure.reason, "INODES");
+    }
+
+    #[test]
+    fn all_failures_become_violations_and_the_first_one_the_error() {
+        let mut findings = Findings::default();
+        findings.passed("a", "fine");
+        findings.failed("b", Failure::invalid("FIRST", "one").mysql(1525));
+        findings.failed("c", Failure::precondition("SECOND", "two"));
+        let failure = findings.into_failure().unwrap();
+        assert_eq!((failure.reason.as_ref(), failure.mysql_error), ("FIRST", Some(1525)));
+        let checks: Vec<_> = failure.violations.iter().map(|v| v.check.as_str()).collect();
+        assert_eq!(checks, ["b", "c"]);
+    }
+}

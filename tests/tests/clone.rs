@@ -4,8 +4,7 @@
 
 use std::path::Path;
 
-use marcot_common::accounts::Accounts;
-use marcot_common::connection::Privilege;
+use marcot_common::{accounts::Accounts, connection::Privilege, tls::Fingerprint};
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{
@@ -15,8 +14,8 @@ use marcot_proto::{
     },
 };
 use marcot_tests::{
-    Donor, Recipient, client::wait_for_end, clone_and_wait, clone_error, new_directory, recipient,
-    tree, wait_for,
+    Certificates, Donor, Recipient, client::wait_for_end, clone_and_wait, clone_error,
+    new_directory, recipient, tree, wait_for,
 };
 
 fn no_staging(home: &Path) {
@@ -144,6 +143,42 @@ async fn bad_inputs_have_the_plugins_numbers_and_leave_nothing() {
     }
     // `file/x` and the like must not have made anything; the daemons' own files are the same.
     assert_eq!(tree::names(home), before);
+}
+
+/// Guards the modes: a donor that requires TLS is not cloned in plaintext, and REQUIRE SSL never ends
+/// in plaintext. Without the policy's line for `--require-tls` the first clone completes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_that_requires_tls_is_cloned_with_tls_only() {
+    let home = new_directory();
+    let home = home.path();
+    let data = home.join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("file"), "x").unwrap();
+    let certificates = Certificates::create(&home.join("tls"));
+    let (chain, key) = certificates.sign("donor", &["localhost"]);
+    let donor =
+        Donor::start(home, &data, &["--tls-cert", &chain, "--tls-key", &key, "--require-tls"]);
+    let daemon = Recipient::start(home, &[]);
+    let mut client = recipient(&daemon).await;
+    let statement = donor.statement(&home.join("copy"), "REQUIRE NO SSL");
+    let failure = clone_error(&mut client, &statement).await;
+    assert_eq!(failure.error_number, 3862);
+    assert_eq!(failure.metadata["donor_mysql_error"], "3159", "{failure:?}");
+    // The system's roots do not know the test's CA; the text names the two ways on.
+    let statement = donor.statement(&home.join("copy"), "REQUIRE SSL");
+    let failure = clone_error(&mut client, &statement).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure:?}");
+    assert!(failure.message.contains("--ssl-ca") && failure.message.contains("fingerprint"));
+    // The second way: the fingerprint that the donor has printed.
+    let fingerprint = donor.0.fingerprint.as_deref().unwrap();
+    let request = CloneStatementRequest {
+        statement,
+        donor_fingerprint: Fingerprint::parse(fingerprint).unwrap().0.to_vec().into(),
+        ..Default::default()
+    };
+    let started = client.clone_statement(request).await.unwrap().into_inner().clone.unwrap();
+    let clone = wait_for_end(&mut client, &started.name).await;
+    assert_eq!((clone.state(), clone.encrypted), (State::Completed, Some(true)), "{clone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

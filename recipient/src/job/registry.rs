@@ -12,7 +12,8 @@ use marcot_proto::recipient::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;
-use tracing::{Instrument as _, error, info, info_span, warn};
+use tracing::{Instrument as _, Span, error, info, info_span, warn};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::{
@@ -143,7 +144,10 @@ impl Clones {
         table.running = Some(Arc::clone(&job));
         drop(table);
         info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
-        let span = info_span!("clone", clone = %id);
+        // A child of the call in its trace, but not in the logs: the clone outlives the call.
+        let span = info_span!(parent: None, "clone", clone = %id);
+        // An error means that no trace layer is installed, as in tests.
+        drop(span.set_parent(Span::current().context()));
         let clones = Arc::clone(self);
         self.tasks.spawn(async move { clones.run(job).await }.instrument(span));
         Ok(clone)

@@ -151,9 +151,9 @@ impl CloneStatus {
             }
             if let Some(row) = row(clone, position.stage.to_wire()) {
                 if first {
-                    row.estimate_bytes = totals.allocated_bytes.min(totals.size_bytes);
+                    row.estimate_bytes = totals.data_bytes;
                 } else {
-                    row.estimate_bytes += totals.allocated_bytes.min(totals.size_bytes);
+                    row.estimate_bytes += totals.data_bytes;
                 }
                 row.estimate_growing = growing;
             }
