@@ -90,6 +90,7 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
             let text = "--recipient begins with http:// or https://, or is HOST:PORT";
             return Err(Failure::invalid("BAD_ADDRESS", text));
         }
+        None if arguments.tls => (SslMode::Required, arguments.recipient.as_str()),
         None => (SslMode::Preferred, arguments.recipient.as_str()),
     };
     let (host, port) = host_and_port(address.trim_end_matches('/'))?;
@@ -100,8 +101,8 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
         fingerprint: fingerprint
             .map_err(|e| Failure::invalid("BAD_FINGERPRINT", format!("--fingerprint: {e}")))?,
     };
-    if mode == SslMode::Disabled && tls.demands_tls() {
-        let text = "http:// forbids TLS, and --ca-file, --fingerprint and --cert require it";
+    if mode == SslMode::Disabled && (arguments.tls || tls.demands_tls()) {
+        let text = "http:// forbids TLS, and --tls, --ca-file, --fingerprint and --cert require it";
         return Err(Failure::invalid("BAD_ADDRESS", text));
     }
     Ok(ConnectOptions::new(&host, port, mode).with_tls(tls))

@@ -47,8 +47,8 @@ impl Shown {
         let text = describe(clone, row);
         if let Some(bar) = &self.bar {
             bar.set_prefix(stage_name(row.stage));
-            bar.set_position(position(row));
             bar.set_message(text);
+            bar.set_position(position(row));
             return;
         }
         let (stage, round, now) = (row.stage, row.round, Instant::now());

@@ -87,6 +87,7 @@ async fn bad_usage_ends_with_2() {
         vec!["--recipient", "ftp://h:1", "list"],
         vec!["--recipient", "h", "list"],
         vec!["--recipient", "http://127.0.0.1:1", "--ca-file", "/ca.pem", "list"],
+        vec!["--recipient", "http://127.0.0.1:1", "--tls", "list"],
         vec!["--recipient", "127.0.0.1:1", "--user", "u", "list"],
         clone.to_vec(),
         [&clone[..], &["--require-ssl", "--require-no-ssl"]].concat(),
