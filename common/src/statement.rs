@@ -372,7 +372,8 @@ impl<'a> Parser<'a> {
             kind => matches!(kind, TokenKind::Symbol(':' | ';' | '=' | '@')),
         };
         let is_quoted = |token: &Token| matches!(token.kind, TokenKind::Quoted(..));
-        let exposed = self.next >= self.secret_from || self.tokens.iter().any(is_quoted);
+        let exposed =
+            self.next >= self.secret_from || self.tokens[..self.next].iter().any(is_quoted);
         exposed && !of_grammar
     }
 

@@ -5,6 +5,7 @@
 
 mod account;
 mod arguments;
+mod caret;
 mod connect;
 mod json;
 mod output;
@@ -22,21 +23,26 @@ use marcot_proto::recipient::v1::{
     ValidateCloneRequest, validate_clone_request::Request as Validated,
 };
 
+use tonic::Status;
+
 use self::{
     arguments::{Arguments, Command, StartOptions, ValidateCommand},
     connect::Client,
     output::{Output, print_failure},
+    request::HasSecret,
+    wait::{Interrupt, Interrupts, Waited},
 };
 
 /// Runs the command line.
 pub async fn run() -> ExitCode {
     let arguments = Arguments::parse();
-    match execute(&arguments).await {
+    let output = Output { json: arguments.output == arguments::Format::Json };
+    match execute(&arguments, output).await {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::Failed) => ExitCode::FAILURE,
-        Ok(End::Cancelled) => ExitCode::from(130),
+        Ok(End::Cancelled | End::Left) => ExitCode::from(130),
         Err(failure) => {
-            print_failure(&failure);
+            output.failure(&failure);
             match failure.code {
                 tonic::Code::InvalidArgument => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
@@ -51,39 +57,38 @@ enum End {
     Done,
     Failed,
     Cancelled,
+    /// The user has left before the end.
+    Left,
 }
 
-async fn execute(arguments: &Arguments) -> Result<End, Failure> {
-    let output = Output { json: arguments.output == arguments::Format::Json };
+async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> {
     match &arguments.command {
         Command::Sql { statement, start } => {
             let text = request::read_statement(statement)?;
-            request::check_statement(&text)?;
+            let secret = request::check_statement(&text)?;
             let message = start.statement(text)?;
-            let mut client = Client::connect(arguments).await?;
-            let started = client.started(|mut api| async move {
+            let run = Run { client: Client::connect(arguments).await?, start, output };
+            run.go(secret, |mut api| async move {
                 Ok(api.clone_statement(message).await?.into_inner().clone)
-            });
-            let clone = started.await?;
-            follow(&mut client, clone, start, output).await
+            })
+            .await
         }
         Command::Clone { donor, start } => {
             let message = donor.instance(start)?;
-            let mut client = Client::connect(arguments).await?;
-            let started = client.started(|mut api| async move {
+            let secret = HasSecret(!message.password.is_empty());
+            let run = Run { client: Client::connect(arguments).await?, start, output };
+            run.go(secret, |mut api| async move {
                 Ok(api.clone_instance(message).await?.into_inner().clone)
-            });
-            let clone = started.await?;
-            follow(&mut client, clone, start, output).await
+            })
+            .await
         }
         Command::Local { data_directory, start } => {
             let message = start.local(data_directory)?;
-            let mut client = Client::connect(arguments).await?;
-            let started = client.started(|mut api| async move {
+            let run = Run { client: Client::connect(arguments).await?, start, output };
+            run.go(HasSecret(false), |mut api| async move {
                 Ok(api.clone_local(message).await?.into_inner().clone)
-            });
-            let clone = started.await?;
-            follow(&mut client, clone, start, output).await
+            })
+            .await
         }
         Command::Validate { what } => validate(arguments, what, output).await,
         Command::List { count } => {
@@ -103,23 +108,24 @@ async fn execute(arguments: &Arguments) -> Result<End, Failure> {
         }
         Command::Watch { name } => {
             let mut client = Client::connect(arguments).await?;
-            let name = clone_name(name);
-            let clone = wait::wait(&mut client, &name, wait::Interrupt::Leaves).await?;
-            Ok(ended(&clone, output))
+            let mut interrupts = Interrupts::new()?;
+            wait(&mut client, &clone_name(name), Interrupt::Leaves, &mut interrupts, output).await
         }
         Command::Cancel { name } => {
             let mut client = Client::connect(arguments).await?;
             let request = CancelCloneRequest { name: clone_name(name) };
             client.api().cancel_clone(request).await.map_err(failed)?;
+            let mut interrupts = Interrupts::new()?;
             let name = clone_name(name);
-            let clone = wait::wait(&mut client, &name, wait::Interrupt::Leaves).await?;
-            output.clone(&clone);
-            Ok(End::Done)
+            let end = wait(&mut client, &name, Interrupt::Leaves, &mut interrupts, output).await?;
+            // Cancelled is what was asked for.
+            Ok(if end == End::Cancelled { End::Done } else { end })
         }
         Command::Account { what } => account::run(what, output).map(|()| End::Done),
         Command::Completions { shell } => {
-            let mut command = Arguments::command();
-            clap_complete::generate(*shell, &mut command, "marcot", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Arguments::command(), "marcot", &mut script);
+            output::say!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(End::Done)
         }
         Command::Man { directory } => clap_mangen::generate_to(Arguments::command(), directory)
@@ -128,19 +134,56 @@ async fn execute(arguments: &Arguments) -> Result<End, Failure> {
     }
 }
 
-/// Waits for a started clone, unless it is to go on by itself.
-async fn follow(
+/// A command that starts a clone.
+struct Run<'a> {
+    client: Client,
+    start: &'a StartOptions,
+    output: Output,
+}
+
+impl Run<'_> {
+    /// Starts the clone and waits for it, unless it is to go on by itself.
+    async fn go<F: Future<Output = Result<Option<Clone>, Status>>>(
+        mut self,
+        secret: HasSecret,
+        call: impl FnOnce(connect::Api) -> F,
+    ) -> Result<End, Failure> {
+        self.client.guard(secret)?;
+        let mut interrupts = Interrupts::new()?;
+        let clone = tokio::select! {
+            clone = self.client.started(call) => clone?,
+            () = interrupts.next() => {
+                eprintln!(
+                    "marcot: left before the recipient's answer; it may have accepted the clone: \
+                     see `marcot list`"
+                );
+                return Ok(End::Left);
+            }
+        };
+        if self.start.detach {
+            self.output.clone(&clone);
+            return Ok(End::Done);
+        }
+        let client = &mut self.client;
+        wait(client, &clone.name, Interrupt::Cancels, &mut interrupts, self.output).await
+    }
+}
+
+/// Waits for the end of a clone and prints it.
+async fn wait(
     client: &mut Client,
-    clone: Clone,
-    start: &StartOptions,
+    name: &str,
+    interrupt: Interrupt,
+    interrupts: &mut Interrupts,
     output: Output,
 ) -> Result<End, Failure> {
-    if start.detach {
-        output.clone(&clone);
-        return Ok(End::Done);
+    match wait::wait(client, name, interrupt, interrupts).await? {
+        Waited::Ended(clone) => Ok(ended(&clone, output)),
+        Waited::Left => {
+            eprintln!("marcot: left; `marcot watch {name}` shows the clone again");
+            Ok(End::Left)
+        }
     }
-    let clone = wait::wait(client, &clone.name, wait::Interrupt::Cancels).await?;
-    Ok(ended(&clone, output))
 }
 
 fn ended(clone: &Clone, output: Output) -> End {
@@ -163,19 +206,25 @@ async fn validate(
     what: &ValidateCommand,
     output: Output,
 ) -> Result<End, Failure> {
+    let mut secret = HasSecret(false);
     let request = match what {
         ValidateCommand::Sql { statement, start } => {
             let text = request::read_statement(statement)?;
-            request::check_statement(&text)?;
+            secret = request::check_statement(&text)?;
             let message: CloneStatementRequest = start.statement(text)?;
             Validated::CloneStatement(message)
         }
-        ValidateCommand::Clone { donor, start } => Validated::CloneInstance(donor.instance(start)?),
+        ValidateCommand::Clone { donor, start } => {
+            let message = donor.instance(start)?;
+            secret = HasSecret(!message.password.is_empty());
+            Validated::CloneInstance(message)
+        }
         ValidateCommand::Local { data_directory, start } => {
             Validated::CloneLocal(start.local(data_directory)?)
         }
     };
     let mut client = Client::connect(arguments).await?;
+    client.guard(secret)?;
     let request = ValidateCloneRequest { request: Some(request) };
     let answer = client.api().validate_clone(request).await.map_err(failed)?.into_inner();
     output.findings(&answer);

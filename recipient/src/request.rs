@@ -197,7 +197,8 @@ impl CloneRequest {
                 )
             })?
         } else {
-            PathBuf::from(OsStr::from_bytes(data_directory))
+            // Without a slash at its end, which would have the system follow a link there.
+            Path::new(OsStr::from_bytes(data_directory)).components().collect()
         };
         refuse_later_options(&options)?;
         if options.request_id.len() > 128 || options.request_id.chars().any(char::is_control) {

@@ -190,8 +190,9 @@ fn allowed_roots(settings: &Settings) -> Vec<PathBuf> {
     if !settings.allow_directories.is_empty() {
         return settings.allow_directories.clone();
     }
-    let beside = settings.data_directory.as_ref().and_then(|directory| directory.parent());
-    beside.map(PathBuf::from).into_iter().collect()
+    // A relative data directory may be a single name, whose parent is written as nothing.
+    let directory = settings.data_directory.as_ref().and_then(|d| std::path::absolute(d).ok());
+    directory.as_deref().and_then(Path::parent).map(PathBuf::from).into_iter().collect()
 }
 
 /// The path with the links of what exists of it resolved.
@@ -204,3 +205,6 @@ fn resolve(target: &Path) -> PathBuf {
     }
     target.to_owned()
 }
+
+#[cfg(test)]
+mod tests;

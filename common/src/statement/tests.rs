@@ -95,6 +95,8 @@ fn a_wrong_statement_is_told_where_and_what() {
         assert!(error.expected.contains(expected), "{text}: {error}");
         assert!(!error.near.contains("secret"), "{error}");
     }
+    let error = Statement::parse("CLONE LOCAL DATA DIRECTRY '/p'").unwrap_err();
+    assert_eq!(error.near, "`DIRECTRY`");
     let error = Statement::parse("CLONE\n  LOCAL\n  ÄÖ x").unwrap_err();
     assert_eq!((error.line, error.column), (3, 3));
     let failure = Failure::from(error);

@@ -23,6 +23,9 @@ pub(super) struct Arguments {
     /// File with the account's password [default: $MARCOT_PASSWORD, or a prompt].
     #[arg(long, global = true, value_name = "FILE")]
     pub(super) password_file: Option<PathBuf>,
+    /// Require TLS, as https:// does.
+    #[arg(long, global = true)]
+    pub(super) tls: bool,
     /// CA of the recipient's certificate; requires TLS.
     #[arg(long, global = true, value_name = "FILE", env = "MARCOT_CA_FILE")]
     pub(super) ca_file: Option<PathBuf>,

@@ -13,9 +13,13 @@ use marcot_proto::{
 use tonic::{Status, transport::Channel};
 use zeroize::Zeroizing;
 
-use super::{arguments::Arguments, request::host_and_port, secret};
+use super::{
+    arguments::Arguments,
+    request::{HasSecret, host_and_port},
+    secret,
+};
 
-type Api = RecipientServiceClient<Channel>;
+pub(super) type Api = RecipientServiceClient<Channel>;
 
 /// A client of the recipient.
 #[derive(Debug)]
@@ -23,6 +27,8 @@ pub(super) struct Client {
     options: ConnectOptions,
     user: Option<(String, Zeroizing<String>)>,
     api: Api,
+    /// Encrypted, or never leaves this host.
+    confidential: bool,
 }
 
 impl Client {
@@ -37,19 +43,33 @@ impl Client {
                 Some((user.clone(), secret::read(file, "MARCOT_PASSWORD", &prompt)?))
             }
         };
-        let api = open(&options, user.as_ref()).await?;
-        Ok(Self { options, user, api })
+        let (api, confidential) = open(&options, user.as_ref()).await?;
+        Ok(Self { options, user, api, confidential })
     }
 
     /// Connects once more.
     pub(super) async fn reconnect(&mut self) -> Result<(), Failure> {
-        self.api = open(&self.options, self.user.as_ref()).await?;
+        (self.api, self.confidential) = open(&self.options, self.user.as_ref()).await?;
         Ok(())
     }
 
     /// The recipient's service.
     pub(super) fn api(&mut self) -> &mut Api {
         &mut self.api
+    }
+
+    /// Refuses to send a password in clear. The recipient does as well; but then it has crossed the
+    /// network.
+    pub(super) fn guard(&self, HasSecret(has_secret): HasSecret) -> Result<(), Failure> {
+        if self.confidential || !has_secret {
+            return Ok(());
+        }
+        Err(Failure::precondition(
+            "SECRET_IN_CLEAR",
+            "the connection to the recipient is not encrypted, and the donor's password would cross \
+             the network in clear; give the recipient a certificate, or run this on its host",
+        )
+        .mysql(3159))
     }
 
     /// Makes a call that starts a clone.
@@ -70,6 +90,7 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
             let text = "--recipient begins with http:// or https://, or is HOST:PORT";
             return Err(Failure::invalid("BAD_ADDRESS", text));
         }
+        None if arguments.tls => (SslMode::Required, arguments.recipient.as_str()),
         None => (SslMode::Preferred, arguments.recipient.as_str()),
     };
     let (host, port) = host_and_port(address.trim_end_matches('/'))?;
@@ -80,13 +101,17 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
         fingerprint: fingerprint
             .map_err(|e| Failure::invalid("BAD_FINGERPRINT", format!("--fingerprint: {e}")))?,
     };
+    if mode == SslMode::Disabled && (arguments.tls || tls.demands_tls()) {
+        let text = "http:// forbids TLS, and --tls, --ca-file, --fingerprint and --cert require it";
+        return Err(Failure::invalid("BAD_ADDRESS", text));
+    }
     Ok(ConnectOptions::new(&host, port, mode).with_tls(tls))
 }
 
 async fn open(
     options: &ConnectOptions,
     user: Option<&(String, Zeroizing<String>)>,
-) -> Result<Api, Failure> {
+) -> Result<(Api, bool), Failure> {
     // The library speaks of donors; here the other end is a recipient.
     let connection = connect(options).await.map_err(of_recipient)?;
     if let Some((user, password)) = user {
@@ -94,17 +119,32 @@ async fn open(
         match log_in_with_password(&mut client, &connection.security, user, password).await {
             Ok(_) => {}
             Err(failure) if failure.reason == "NO_ACCOUNTS" => {}
-            Err(failure) => return Err(of_recipient(failure)),
+            Err(failure) => return Err(failure),
         }
     }
-    Ok(Api::new(connection.channel))
+    let confidential = connection.security.encrypted || connection.peer.ip().is_loopback();
+    Ok((Api::new(connection.channel), confidential))
 }
 
+/// `connect` speaks of a donor and its options.
 fn of_recipient(mut failure: Failure) -> Failure {
     let text = failure.message.strip_prefix("donor: ").unwrap_or(&failure.message);
-    failure.message = format!("recipient: {}", text.replace("Marcot donor", "Marcot recipient"));
-    if let Some(number) = failure.metadata.get("donor_mysql_error").and_then(|n| n.parse().ok()) {
-        failure.mysql_error = Some(number);
+    let text = [
+        ("or clone with REQUIRE NO SSL", "or write http:// before its address"),
+        ("--ssl-ca", "--ca-file"),
+        ("--ssl-cert", "--cert"),
+        ("--ssl-key", "--key"),
+        ("--donor-fingerprint", "--fingerprint"),
+        ("Marcot donor", "Marcot recipient"),
+        ("which the donor prints", "which the recipient prints"),
+    ]
+    .into_iter()
+    .fold(text.to_owned(), |text, (donors, recipients)| text.replace(donors, recipients));
+    failure.message = format!("recipient: {text}");
+    if failure.reason == "DONOR_UNREACHABLE" {
+        failure.reason = "RECIPIENT_UNREACHABLE".into();
     }
+    let inner = failure.metadata.remove("donor_mysql_error");
+    failure.mysql_error = inner.and_then(|number| number.parse().ok());
     failure
 }

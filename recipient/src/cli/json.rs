@@ -1,20 +1,42 @@
 //! Results as JSON: names as in the .proto files, times as in RFC 3339, paths as text.
 
 use jiff::Timestamp;
-use marcot_common::{accounts::Account, time::system_time};
+use marcot_common::{
+    accounts::Account,
+    failure::{Failure, Violation},
+    time::system_time,
+};
 use marcot_proto::recipient::v1::{
     Clone, Finding, FindingStatus, StageProgress, State, ValidateCloneResponse,
 };
 use serde_json::{Value, json};
 
-use super::output::stage_name;
+use super::output::{say, stage_name};
 
 pub(super) fn print(value: &Value) {
-    println!("{value:#}");
+    say!("{value:#}");
 }
 
 pub(super) fn clones(clones: &[Clone]) -> Value {
     json!({ "clones": clones.iter().map(clone).collect::<Vec<_>>() })
+}
+
+/// A command that failed.
+pub(super) fn failed(failure: &Failure) -> Value {
+    let violation = |violation: &Violation| {
+        json!({
+            "check": violation.check,
+            "subject": violation.subject,
+            "description": violation.description,
+        })
+    };
+    json!({ "error": {
+        "error_number": failure.mysql_error.unwrap_or(0),
+        "reason": failure.reason,
+        "message": failure.message,
+        "metadata": failure.metadata,
+        "violations": failure.violations.iter().map(violation).collect::<Vec<_>>(),
+    }})
 }
 
 pub(super) fn clone(clone: &Clone) -> Value {

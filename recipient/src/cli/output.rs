@@ -8,6 +8,15 @@ use marcot_proto::{
 
 use super::json;
 
+/// Prints a line. A reader that has gone away, as in `marcot list | head`, is no error.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stdout(), $($text)*))
+    }};
+}
+pub(super) use say;
+
 /// How results are printed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Output {
@@ -15,22 +24,36 @@ pub(super) struct Output {
 }
 
 impl Output {
+    /// An error that ends the command: for a person, and as the document for a program.
+    pub(super) fn failure(self, failure: &Failure) {
+        if self.json {
+            json::print(&json::failed(failure));
+        }
+        print_failure(failure);
+    }
+
     pub(super) fn clone(self, clone: &Clone) {
         if self.json {
             json::print(&json::clone(clone));
             return;
         }
         let state = state_name(clone.state);
-        let destination = String::from_utf8_lossy(&clone.destination);
-        println!("{}  {state}", clone.name);
-        println!("  {} -> {destination}", clone.source);
-        println!("  {}", clone.statement);
-        println!(
+        let destination = clean(&String::from_utf8_lossy(&clone.destination));
+        say!("{}  {state}", clean(&clone.name));
+        say!("  {} -> {destination}", clean(&clone.source));
+        say!("  {}", clean(&clone.statement));
+        say!(
             "  {:<11} {:<12} {:<24} {:>9} {:>12} {:>12} {:>12}",
-            "STAGE", "STATE", "BEGIN", "SECONDS", "ESTIMATE", "DATA", "NETWORK"
+            "STAGE",
+            "STATE",
+            "BEGIN",
+            "SECONDS",
+            "ESTIMATE",
+            "DATA",
+            "NETWORK"
         );
         for row in &clone.stages {
-            println!(
+            say!(
                 "  {:<11} {:<12} {:<24} {:>9} {:>12} {:>12} {:>12}",
                 stage_name(row.stage),
                 state_name(row.state),
@@ -41,9 +64,9 @@ impl Output {
                 row.network_bytes,
             );
         }
-        println!("  {}", summary(clone));
+        say!("  {}", summary(clone));
         for (reason, count) in &clone.left_out {
-            println!("  left out: {count} of kind {reason}");
+            say!("  left out: {count} of kind {}", clean(reason));
         }
     }
 
@@ -52,15 +75,15 @@ impl Output {
             json::print(&json::clones(clones));
             return;
         }
-        println!("{:<43} {:<12} {:<24} {:<24} DESTINATION", "NAME", "STATE", "BEGIN", "SOURCE");
+        say!("{:<43} {:<12} {:<24} {:<24} DESTINATION", "NAME", "STATE", "BEGIN", "SOURCE");
         for clone in clones {
-            println!(
+            say!(
                 "{:<43} {:<12} {:<24} {:<24} {}",
-                clone.name,
+                clean(&clone.name),
                 state_name(clone.state),
                 time(clone.begin_time),
-                clone.source,
-                String::from_utf8_lossy(&clone.destination),
+                clean(&clone.source),
+                clean(&String::from_utf8_lossy(&clone.destination)),
             );
         }
     }
@@ -71,9 +94,9 @@ impl Output {
             return;
         }
         for finding in &answer.findings {
-            println!("{}", finding_line(finding));
+            say!("{}", clean(&finding_line(finding)));
         }
-        println!("{}", if answer.valid { "valid" } else { "not valid" });
+        say!("{}", if answer.valid { "valid" } else { "not valid" });
     }
 
     pub(super) fn accounts(self, accounts: &[Account]) {
@@ -81,12 +104,17 @@ impl Output {
             json::print(&json::accounts(accounts));
             return;
         }
-        println!("{:<32} {:<40} CREATED", "NAME", "PRIVILEGES");
+        say!("{:<32} {:<40} CREATED", "NAME", "PRIVILEGES");
         for account in accounts {
             let privileges: Vec<_> = account.privileges.iter().map(ToString::to_string).collect();
-            println!("{:<32} {:<40} {}", account.name, privileges.join(","), account.created);
+            say!("{:<32} {:<40} {}", account.name, privileges.join(","), account.created);
         }
     }
+}
+
+/// A peer's text without what would move a terminal's cursor.
+pub(super) fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Says what failed, with MySQL's number and every broken precondition.

@@ -11,7 +11,7 @@ use marcot_proto::{
     recipient::v1::{Clone, StageProgress, State},
 };
 
-use super::output::{human_bytes, human_seconds, stage_name};
+use super::output::{clean, human_bytes, human_seconds, stage_name};
 
 /// Least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -47,8 +47,8 @@ impl Shown {
         let text = describe(clone, row);
         if let Some(bar) = &self.bar {
             bar.set_prefix(stage_name(row.stage));
-            bar.set_position(position(row));
             bar.set_message(text);
+            bar.set_position(position(row));
             return;
         }
         let (stage, round, now) = (row.stage, row.round, Instant::now());
@@ -65,6 +65,13 @@ impl Shown {
         match &self.bar {
             Some(bar) => bar.println(text),
             None => eprintln!("{text}"),
+        }
+    }
+
+    /// Nothing more will be shown, though the clone goes on.
+    pub(super) fn leave(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 
@@ -111,7 +118,7 @@ fn describe(clone: &Clone, row: &StageProgress) -> String {
         text.push_str(&format!(", {} left", human_seconds(eta.seconds.unsigned_abs())));
     }
     if !clone.stall_reason.is_empty() {
-        text.push_str(&format!(", {}", clone.stall_reason));
+        text.push_str(&format!(", {}", clean(&clone.stall_reason)));
     }
     text
 }
