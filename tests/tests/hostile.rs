@@ -1,9 +1,10 @@
 //! Donors that send what no right donor sends. Each ends in a typed error, nothing is written outside
 //! of staging, and nothing is left.
 //!
-//! Guarded mechanisms, each seen to fail its cases when it was taken out: the component check of
-//! `RelativePath::new`, the order check of `ListReceiver::push`, the CRC-32C of `check_chunk`, the
-//! coverage check of `UnitWriter::check`, the bound of `entries_max`.
+//! Guarded mechanisms, each seen to fail its cases when it was taken out: the order check of
+//! `ListReceiver::push`, the CRC-32C of `check_chunk`, the coverage check of `UnitWriter::check`. Paths
+//! are refused twice, by `RelativePath::new` (guarded by its own test) and as lying in no listed
+//! directory: with either one taken out, the other still refuses them.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
