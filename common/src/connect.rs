@@ -176,9 +176,11 @@ impl From<Failure> for Refusal {
 
 async fn connect_plain(options: &ConnectOptions) -> Result<DonorConnection, Failure> {
     let (stream, peer) = connect_tcp(options).await?;
-    // One peek: a server that speaks first, and not HTTP/2, is no server of Marcot.
+    // One peek: a server that speaks first, and not HTTP/2, is no server of Marcot. What a pinned
+    // address is, is known.
+    let wait = if options.address.is_some() { Duration::ZERO } else { GREETING_WAIT };
     let mut greeting = [0; 64];
-    if let Ok(seen) = tokio::time::timeout(GREETING_WAIT, stream.peek(&mut greeting)).await {
+    if let Ok(seen) = tokio::time::timeout(wait, stream.peek(&mut greeting)).await {
         let greeting = &greeting[..seen.unwrap_or(0)];
         if !peer::is_http2(greeting) {
             let text = format!("{} {}", options.name(), peer::describe(greeting));

@@ -175,6 +175,14 @@ impl DonorService for Api {
         request: Request<pb::OpenSnapshotRequest>,
     ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
         let caller = caller(&request);
+        if let Some(snapshot) = &caller.snapshot {
+            let text = format!(
+                "this connection has logged in by the key of {snapshot}; a new one \
+                                needs the account's password"
+            );
+            let failure = Failure::new(Code::PermissionDenied, "KEY_LOG_IN", text);
+            return Err(failure.mysql(1045).into());
+        }
         let open = open_request(request.into_inner(), caller)?;
         let held = self.leases.open(open).await?;
         let position = held.snapshot.position();

@@ -57,8 +57,13 @@ impl CloneJob {
         let prepared = self.until_cancelled(Box::pin(preflight::prepare(self))).await?;
         let source = Arc::clone(&prepared.source);
         let staging_directory = self.request.target.parent().map(PathBuf::from).unwrap_or_default();
-        let staging =
-            Staging::create(&staging_directory, &self.id, prepared.owners).map(Arc::new)?;
+        let staging = match Staging::create(&staging_directory, &self.id, prepared.owners) {
+            Ok(staging) => Arc::new(staging),
+            Err(failure) => {
+                source.close(Outcome::Failed).await;
+                return Err(failure);
+            }
+        };
         let result = self.copy_and_install(&prepared, &staging).await;
         let outcome = match &result {
             Ok(()) => Outcome::Completed,

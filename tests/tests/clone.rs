@@ -215,6 +215,67 @@ async fn all_findings_are_told_at_once_and_nothing_changes() {
     no_staging(home);
 }
 
+/// The caller's trace goes on through the recipient to the donor.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_callers_trace_reaches_the_donor() {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let home = new_directory();
+    let home = home.path();
+    let data = home.join("data");
+    std::fs::create_dir(&data).unwrap();
+    let donor = Donor::start(home, &data, &["--log-format", "json"]);
+    let daemon = Recipient::start(home, &[]);
+    let mut client = recipient(&daemon).await;
+    let mut request = tonic::Request::new(CloneStatementRequest {
+        statement: donor.statement(&home.join("copy"), ""),
+        ..Default::default()
+    });
+    let parent = format!("00-{TRACE}-00f067aa0ba902b7-01");
+    request.metadata_mut().insert("traceparent", parent.parse().unwrap());
+    let started = client.clone_statement(request).await.unwrap().into_inner().clone.unwrap();
+    assert_eq!(started.trace_id, TRACE);
+    wait_for_end(&mut client, &started.name).await;
+    let log = donor.0.log();
+    let opened = log.lines().find(|line| line.contains("snapshot opened")).expect(&log);
+    assert!(opened.contains(TRACE), "{opened}");
+}
+
+/// Probes and scrapes, in plaintext, on a port of their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_admin_port_tells_of_health_and_clones() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let home = new_directory();
+    let home = home.path();
+    let data = home.join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("file"), "x").unwrap();
+    let donor = Donor::start(home, &data, &[]);
+    let daemon = Recipient::start(home, &[]);
+    let mut client = recipient(&daemon).await;
+    let clone = clone_and_wait(&mut client, &donor.statement(&home.join("copy"), "")).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    let get = async |path: &str| {
+        let admin = daemon.0.admin.unwrap();
+        let mut stream = tokio::net::TcpStream::connect(admin).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    assert!(get("/healthz").await.starts_with("HTTP/1.1 200"));
+    assert!(get("/readyz").await.starts_with("HTTP/1.1 200"));
+    let metrics = get("/metrics").await;
+    for line in [
+        "marcot_operations_started_total 1",
+        "marcot_operations_finished_total{outcome=\"succeeded\"} 1",
+        "marcot_operations_in_progress 0",
+        "marcot_raw_bytes_total 1",
+    ] {
+        assert!(metrics.lines().any(|l| l == line), "{line} is not in\n{metrics}");
+    }
+}
+
 /// Starts a clone of a tree that takes a while, and waits until bytes move.
 async fn start_slow_clone(home: &Path) -> (Donor, Recipient, String) {
     let data = home.join("data");
