@@ -19,17 +19,13 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use marcot_common::failure::Failure;
 use marcot_proto::recipient::v1::{
-    CancelCloneRequest, Clone, CloneStatementRequest, GetCloneRequest, ListClonesRequest,
-    ValidateCloneRequest, validate_clone_request::Request as Validated,
+    CancelCloneRequest, Clone, GetCloneRequest, ListClonesRequest, ValidateCloneRequest,
 };
 
-use tonic::Status;
-
 use self::{
-    arguments::{Arguments, Command, StartOptions, ValidateCommand},
+    arguments::{Arguments, Command, StartCommand},
     connect::Client,
     output::{Output, print_failure},
-    request::HasSecret,
     wait::{Interrupt, Interrupts, Waited},
 };
 
@@ -63,33 +59,7 @@ enum End {
 
 async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> {
     match &arguments.command {
-        Command::Sql { statement, start } => {
-            let text = request::read_statement(statement)?;
-            let secret = request::check_statement(&text)?;
-            let message = start.statement(text)?;
-            let run = Run { client: Client::connect(arguments).await?, start, output };
-            run.go(secret, |mut api| async move {
-                Ok(api.clone_statement(message).await?.into_inner().clone)
-            })
-            .await
-        }
-        Command::Clone { donor, start } => {
-            let message = donor.instance(start)?;
-            let secret = HasSecret(!message.password.is_empty());
-            let run = Run { client: Client::connect(arguments).await?, start, output };
-            run.go(secret, |mut api| async move {
-                Ok(api.clone_instance(message).await?.into_inner().clone)
-            })
-            .await
-        }
-        Command::Local { data_directory, start } => {
-            let message = start.local(data_directory)?;
-            let run = Run { client: Client::connect(arguments).await?, start, output };
-            run.go(HasSecret(false), |mut api| async move {
-                Ok(api.clone_local(message).await?.into_inner().clone)
-            })
-            .await
-        }
+        Command::Start(command) => start(arguments, command, output).await,
         Command::Validate { what } => validate(arguments, what, output).await,
         Command::List { count } => {
             let mut client = Client::connect(arguments).await?;
@@ -134,39 +104,31 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
     }
 }
 
-/// A command that starts a clone.
-struct Run<'a> {
-    client: Client,
-    start: &'a StartOptions,
+/// Starts a clone and waits for it, unless it is to go on by itself.
+async fn start(
+    arguments: &Arguments,
+    command: &StartCommand,
     output: Output,
-}
-
-impl Run<'_> {
-    /// Starts the clone and waits for it, unless it is to go on by itself.
-    async fn go<F: Future<Output = Result<Option<Clone>, Status>>>(
-        mut self,
-        secret: HasSecret,
-        call: impl FnOnce(connect::Api) -> F,
-    ) -> Result<End, Failure> {
-        self.client.guard(secret)?;
-        let mut interrupts = Interrupts::new()?;
-        let clone = tokio::select! {
-            clone = self.client.started(call) => clone?,
-            () = interrupts.next() => {
-                eprintln!(
-                    "marcot: left before the recipient's answer; it may have accepted the clone: \
-                     see `marcot list`"
-                );
-                return Ok(End::Left);
-            }
-        };
-        if self.start.detach {
-            self.output.clone(&clone);
-            return Ok(End::Done);
+) -> Result<End, Failure> {
+    let (request, secret) = command.request()?;
+    let mut client = Client::connect(arguments).await?;
+    client.guard(secret)?;
+    let mut interrupts = Interrupts::new()?;
+    let clone = tokio::select! {
+        clone = client.start(request) => clone?,
+        () = interrupts.next() => {
+            eprintln!(
+                "marcot: left before the recipient's answer; it may have accepted the clone: see \
+                 `marcot list`"
+            );
+            return Ok(End::Left);
         }
-        let client = &mut self.client;
-        wait(client, &clone.name, Interrupt::Cancels, &mut interrupts, self.output).await
+    };
+    if command.options().detach {
+        output.clone(&clone);
+        return Ok(End::Done);
     }
+    wait(&mut client, &clone.name, Interrupt::Cancels, &mut interrupts, output).await
 }
 
 /// Waits for the end of a clone and prints it.
@@ -203,26 +165,10 @@ fn ended(clone: &Clone, output: Output) -> End {
 
 async fn validate(
     arguments: &Arguments,
-    what: &ValidateCommand,
+    what: &StartCommand,
     output: Output,
 ) -> Result<End, Failure> {
-    let mut secret = HasSecret(false);
-    let request = match what {
-        ValidateCommand::Sql { statement, start } => {
-            let text = request::read_statement(statement)?;
-            secret = request::check_statement(&text)?;
-            let message: CloneStatementRequest = start.statement(text)?;
-            Validated::CloneStatement(message)
-        }
-        ValidateCommand::Clone { donor, start } => {
-            let message = donor.instance(start)?;
-            secret = HasSecret(!message.password.is_empty());
-            Validated::CloneInstance(message)
-        }
-        ValidateCommand::Local { data_directory, start } => {
-            Validated::CloneLocal(start.local(data_directory)?)
-        }
-    };
+    let (request, secret) = what.request()?;
     let mut client = Client::connect(arguments).await?;
     client.guard(secret)?;
     let request = ValidateCloneRequest { request: Some(request) };

@@ -6,11 +6,13 @@ pub mod certificates;
 pub mod client;
 pub mod hostile;
 pub mod mariadb;
+pub mod pair;
 pub mod process;
 pub mod tree;
 
 pub use certificates::Certificates;
 pub use client::{clone_and_wait, clone_error, recipient};
+pub use pair::Pair;
 pub use process::{Donor, Recipient};
 
 use std::{

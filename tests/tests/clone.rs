@@ -14,7 +14,7 @@ use marcot_proto::{
     },
 };
 use marcot_tests::{
-    Certificates, Donor, Recipient, client::wait_for_end, clone_and_wait, clone_error,
+    Certificates, Donor, Pair, Recipient, client::wait_for_end, clone_and_wait, clone_error,
     new_directory, recipient, tree, wait_for,
 };
 
@@ -26,14 +26,10 @@ fn no_staging(home: &Path) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tree_of_every_kind_arrives_as_it_was() {
-    let home = new_directory();
-    let home = home.path();
-    let data = home.join("data");
-    tree::make(&data);
-    let donor = Donor::start(home, &data, &[]);
-    let data_directory = data.display().to_string();
-    let daemon = Recipient::start(home, &["--data-directory", &data_directory]);
-    let mut client = recipient(&daemon).await;
+    let pair = Pair::start(&[], &["--data-directory", "{home}/data"]).await;
+    let (home, data) = (pair.home(), pair.data());
+    let donor = &pair.donor;
+    let mut client = pair.client.clone();
     let plain = home.join("plain");
     let clone = clone_and_wait(&mut client, &donor.statement(&plain, "")).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
@@ -103,14 +99,10 @@ async fn accounts_are_asked_for_and_no_secret_is_told() {
 /// Each bad input of the plugin that applies, with its number; nothing is left behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_inputs_have_the_plugins_numbers_and_leave_nothing() {
-    let home = new_directory();
-    let home = home.path();
-    let data = home.join("data");
-    tree::make(&data);
-    let donor = Donor::start(home, &data, &[]);
-    let data_directory = data.display().to_string();
-    let daemon = Recipient::start(home, &["--data-directory", &data_directory]);
-    let mut client = recipient(&daemon).await;
+    let pair = Pair::start(&[], &["--data-directory", "{home}/data"]).await;
+    let home = pair.home();
+    let donor = &pair.donor;
+    let mut client = pair.client.clone();
     std::fs::create_dir(home.join("there")).unwrap();
     std::fs::write(home.join("file"), "x").unwrap();
     std::os::unix::fs::symlink("nowhere", home.join("dangling")).unwrap();
@@ -219,13 +211,10 @@ async fn all_findings_are_told_at_once_and_nothing_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_callers_trace_reaches_the_donor() {
     const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
-    let home = new_directory();
-    let home = home.path();
-    let data = home.join("data");
-    std::fs::create_dir(&data).unwrap();
-    let donor = Donor::start(home, &data, &["--log-format", "json"]);
-    let daemon = Recipient::start(home, &[]);
-    let mut client = recipient(&daemon).await;
+    let pair = Pair::start_with(&["--log-format", "json"], &[], |_| ()).await;
+    let home = pair.home();
+    let donor = &pair.donor;
+    let mut client = pair.client.clone();
     let mut request = tonic::Request::new(CloneStatementRequest {
         statement: donor.statement(&home.join("copy"), ""),
         ..Default::default()
@@ -244,14 +233,11 @@ async fn a_callers_trace_reaches_the_donor() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_admin_port_tells_of_health_and_clones() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let home = new_directory();
-    let home = home.path();
-    let data = home.join("data");
-    std::fs::create_dir(&data).unwrap();
-    std::fs::write(data.join("file"), "x").unwrap();
-    let donor = Donor::start(home, &data, &[]);
-    let daemon = Recipient::start(home, &[]);
-    let mut client = recipient(&daemon).await;
+    let pair =
+        Pair::start_with(&[], &[], |data| std::fs::write(data.join("file"), "x").unwrap()).await;
+    let home = pair.home();
+    let (donor, daemon) = (&pair.donor, &pair.recipient);
+    let mut client = pair.client.clone();
     let clone = clone_and_wait(&mut client, &donor.statement(&home.join("copy"), "")).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
     let get = async |path: &str| {

@@ -57,32 +57,13 @@ pub(super) enum Format {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Run a CLONE statement, as in MySQL.
-    Sql {
-        /// The statement; - reads it from standard input, out of the shell's history.
-        statement: String,
-        #[command(flatten)]
-        start: StartOptions,
-    },
-    /// Clone from a donor (CLONE INSTANCE).
-    Clone {
-        #[command(flatten)]
-        donor: DonorOptions,
-        #[command(flatten)]
-        start: StartOptions,
-    },
-    /// Clone the recipient's own data directory (CLONE LOCAL).
-    Local {
-        /// The new data directory, absolute.
-        #[arg(long, value_name = "DIR")]
-        data_directory: PathBuf,
-        #[command(flatten)]
-        start: StartOptions,
-    },
+    /// Start a clone.
+    #[command(flatten)]
+    Start(StartCommand),
     /// Check everything that a clone would check first, and change nothing.
     Validate {
         #[command(subcommand)]
-        what: ValidateCommand,
+        what: StartCommand,
     },
     /// List clones, newest first.
     List {
@@ -126,23 +107,24 @@ pub(super) enum Command {
     },
 }
 
+/// What starts a clone, or is checked as if it did.
 #[derive(Debug, Subcommand)]
-pub(super) enum ValidateCommand {
-    /// Check a CLONE statement.
+pub(super) enum StartCommand {
+    /// Run a CLONE statement, as in MySQL.
     Sql {
-        /// The statement; - reads it from standard input.
+        /// The statement; - reads it from standard input, out of the shell's history.
         statement: String,
         #[command(flatten)]
         start: StartOptions,
     },
-    /// Check a clone from a donor.
+    /// Clone from a donor (CLONE INSTANCE).
     Clone {
         #[command(flatten)]
         donor: DonorOptions,
         #[command(flatten)]
         start: StartOptions,
     },
-    /// Check a local clone.
+    /// Clone the recipient's own data directory (CLONE LOCAL).
     Local {
         /// The new data directory, absolute.
         #[arg(long, value_name = "DIR")]

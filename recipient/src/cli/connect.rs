@@ -8,9 +8,12 @@ use marcot_common::{
 };
 use marcot_proto::{
     auth::v1::auth_service_client::AuthServiceClient,
-    recipient::v1::{Clone, recipient_service_client::RecipientServiceClient},
+    recipient::v1::{
+        Clone, recipient_service_client::RecipientServiceClient,
+        validate_clone_request::Request as Asked,
+    },
 };
-use tonic::{Status, transport::Channel};
+use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
 use super::{
@@ -72,13 +75,22 @@ impl Client {
         .mysql(3159))
     }
 
-    /// Makes a call that starts a clone.
-    pub(super) async fn started<F: Future<Output = Result<Option<Clone>, Status>>>(
-        &mut self,
-        call: impl FnOnce(Api) -> F,
-    ) -> Result<Clone, Failure> {
-        let clone = call(self.api.clone()).await.map_err(|status| Failure::from_status(&status))?;
-        clone.ok_or_else(|| Failure::peer_misbehaved("the recipient started a clone without one"))
+    /// Starts the clone that is asked for.
+    pub(super) async fn start(&mut self, asked: Asked) -> Result<Clone, Failure> {
+        let started = match asked {
+            Asked::CloneStatement(message) => {
+                self.api.clone_statement(message).await.map(|answer| answer.into_inner().clone)
+            }
+            Asked::CloneInstance(message) => {
+                self.api.clone_instance(message).await.map(|answer| answer.into_inner().clone)
+            }
+            Asked::CloneLocal(message) => {
+                self.api.clone_local(message).await.map(|answer| answer.into_inner().clone)
+            }
+        };
+        started
+            .map_err(|status| Failure::from_status(&status))?
+            .ok_or_else(|| Failure::peer_misbehaved("the recipient started a clone without one"))
     }
 }
 

@@ -10,16 +10,16 @@ use marcot_common::{
 };
 use marcot_proto::recipient::v1::{
     CloneInstanceRequest, CloneLimits, CloneLocalRequest, CloneOptions, CloneStatementRequest,
-    Compression, SslMode,
+    Compression, SslMode, validate_clone_request::Request as Asked,
 };
 
 use super::{
-    arguments::{DonorOptions, StartOptions},
+    arguments::{DonorOptions, StartCommand, StartOptions},
     caret, secret,
 };
 
 /// Reads the statement that was typed, or piped.
-pub(super) fn read_statement(typed: &str) -> Result<String, Failure> {
+fn read_statement(typed: &str) -> Result<String, Failure> {
     if typed != "-" {
         return Ok(typed.to_owned());
     }
@@ -32,7 +32,7 @@ pub(super) fn read_statement(typed: &str) -> Result<String, Failure> {
 }
 
 /// Finds a syntax error here, where it can be pointed at, and reads whether a password is in it.
-pub(super) fn check_statement(text: &str) -> Result<HasSecret, Failure> {
+fn check_statement(text: &str) -> Result<HasSecret, Failure> {
     match caret::parse(text) {
         Ok(Statement::Local { .. }) => Ok(HasSecret(false)),
         Ok(Statement::Instance { password, .. }) => Ok(HasSecret(!password.expose().is_empty())),
@@ -47,9 +47,39 @@ pub(super) fn check_statement(text: &str) -> Result<HasSecret, Failure> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct HasSecret(pub(super) bool);
 
+impl StartCommand {
+    /// The request, and whether a secret is in it; asks for a password where one is needed.
+    pub(super) fn request(&self) -> Result<(Asked, HasSecret), Failure> {
+        match self {
+            Self::Sql { statement, start } => {
+                let text = read_statement(statement)?;
+                let secret = check_statement(&text)?;
+                Ok((Asked::CloneStatement(start.statement(text)?), secret))
+            }
+            Self::Clone { donor, start } => {
+                let message = donor.instance(start)?;
+                let secret = HasSecret(!message.password.is_empty());
+                Ok((Asked::CloneInstance(message), secret))
+            }
+            Self::Local { data_directory, start } => {
+                Ok((Asked::CloneLocal(start.local(data_directory)?), HasSecret(false)))
+            }
+        }
+    }
+
+    /// How the clone is started.
+    pub(super) fn options(&self) -> &StartOptions {
+        match self {
+            Self::Sql { start, .. } | Self::Clone { start, .. } | Self::Local { start, .. } => {
+                start
+            }
+        }
+    }
+}
+
 impl StartOptions {
     /// For `CloneStatement`.
-    pub(super) fn statement(&self, statement: String) -> Result<CloneStatementRequest, Failure> {
+    fn statement(&self, statement: String) -> Result<CloneStatementRequest, Failure> {
         Ok(CloneStatementRequest {
             statement,
             options: Some(self.options()),
@@ -59,7 +89,7 @@ impl StartOptions {
     }
 
     /// For `CloneLocal`.
-    pub(super) fn local(&self, data_directory: &Path) -> Result<CloneLocalRequest, Failure> {
+    fn local(&self, data_directory: &Path) -> Result<CloneLocalRequest, Failure> {
         Ok(CloneLocalRequest {
             data_directory: path_bytes(data_directory),
             options: Some(self.options()),
@@ -90,7 +120,7 @@ impl StartOptions {
 
 impl DonorOptions {
     /// For `CloneInstance`; asks for the donor's password.
-    pub(super) fn instance(&self, start: &StartOptions) -> Result<CloneInstanceRequest, Failure> {
+    fn instance(&self, start: &StartOptions) -> Result<CloneInstanceRequest, Failure> {
         let (host, port) = host_and_port(&self.donor)?;
         let ssl_mode = match (self.require_ssl, self.require_no_ssl) {
             (true, _) => SslMode::Required,
