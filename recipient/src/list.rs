@@ -372,3 +372,6 @@ fn must_go(replaced: &Entry, entry: &Entry) -> bool {
         matches!((&replaced.kind, &entry.kind), (Some(Kind::Directory), Some(Kind::Directory)));
     entry.change != Change::Truncate && !directories
 }
+
+#[cfg(test)]
+mod tests;

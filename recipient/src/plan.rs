@@ -157,3 +157,6 @@ fn segment_bytes(size: u64, allocated: u64) -> u64 {
     let holes = size / allocated.max(SEGMENT_BYTES);
     SEGMENT_BYTES.saturating_mul(holes.clamp(1, 1024))
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,16 +142,20 @@ impl FrameReader {
 
     /// Makes the first piece longer, by copying: only heads that the network has cut need it.
     async fn lengthen_front(&mut self, length: usize) -> Result<(), Failure> {
-        while self.pieces.len() < 2 {
+        let wanted = if self.pieces.is_empty() { 1 } else { 2 };
+        while self.pieces.len() < wanted {
             if !self.receive().await? {
                 return Err(bad("stream ended within a message".to_owned()));
             }
         }
+        if wanted == 1 {
+            return Ok(());
+        }
         let first = self.pieces.pop_front().unwrap_or_default();
         let mut joined = BytesMut::from(&first[..]);
-        let wanted = length.min(HEAD_BYTES_MAX).saturating_sub(joined.len()).max(1);
+        let more = length.min(HEAD_BYTES_MAX).saturating_sub(joined.len()).max(1);
         if let Some(second) = self.pieces.front_mut() {
-            joined.extend_from_slice(&second.split_to(wanted.min(second.len())));
+            joined.extend_from_slice(&second.split_to(more.min(second.len())));
             if second.is_empty() {
                 self.pieces.pop_front();
             }
@@ -448,3 +452,6 @@ pub fn take_pieces(pieces: &mut VecDeque<Bytes>, mut length: u64) -> Vec<Bytes> 
 fn bad(why: String) -> Failure {
     Failure::peer_misbehaved(format!("ReadRanges: {why}"))
 }
+
+#[cfg(test)]
+mod tests;
