@@ -42,9 +42,9 @@ const CONNECT_MAX: Duration = Duration::from_secs(10);
 const GREETING_WAIT: Duration = Duration::from_millis(300);
 
 /// HTTP/2 frames and windows: frames as large as chunks, and windows that hold enough of them to
-/// keep a link of 1 GiB/s and 8 ms busy. Fixed ones are faster than hyper's adaptive ones.
+/// keep a link of 1 GiB/s and 4 ms busy. Fixed ones are faster than hyper's adaptive ones.
 const FRAME_BYTES: u32 = 1 << 20;
-const WINDOW_BYTES: u32 = 8 << 20;
+const WINDOW_BYTES: u32 = 4 << 20;
 
 /// A dead connection is found within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(20);

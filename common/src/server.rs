@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::Arc,
     time::Duration,
 };
@@ -23,6 +24,7 @@ use crate::{
     failure::chain,
     listener::Listener,
     login::server::{KeyDirectory, LogInService},
+    os,
     shutdown::Shutdown,
     telemetry::{self, LogOptions, Telemetry, metrics::Metrics, rpc::RpcLayer},
     tls::{self, server::ServerTls},
@@ -266,20 +268,30 @@ pub fn default_spool_directory() -> PathBuf {
     std::env::var_os("TMPDIR").map_or_else(|| Path::new("/var/tmp").to_owned(), PathBuf::from)
 }
 
-/// The commands that a daemon ends with: 0, or 1 with what is wrong, or 2 for wrong settings.
+/// Runs a daemon to its end, and maps that to an exit code: 0, or 1 with what is wrong, or 2 for wrong
+/// settings.
 #[must_use]
-pub fn exit_code(name: &str, result: Result<(), Problem>) -> std::process::ExitCode {
+pub fn run_daemon(name: &str, work: impl Future<Output = Result<(), Problem>>) -> ExitCode {
+    // Before the first thread: an arena that a thread has got stays.
+    os::bound_memory();
+    match tokio::runtime::Runtime::new() {
+        Ok(runtime) => exit_code(name, runtime.block_on(work)),
+        Err(e) => exit_code(name, Err(Problem::Running(format!("start a runtime: {e}")))),
+    }
+}
+
+fn exit_code(name: &str, result: Result<(), Problem>) -> ExitCode {
     match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
+        Ok(()) => ExitCode::SUCCESS,
         Err(Problem::Settings(problems)) => {
             for problem in problems {
                 eprintln!("{name}: {problem}");
             }
-            std::process::ExitCode::from(2)
+            ExitCode::from(2)
         }
         Err(Problem::Running(problem)) => {
             eprintln!("{name}: {problem}");
-            std::process::ExitCode::FAILURE
+            ExitCode::FAILURE
         }
     }
 }

@@ -243,6 +243,7 @@ impl Leases {
                 why,
                 "snapshot closed"
             );
+            marcot_common::os::give_memory_back();
         }
     }
 

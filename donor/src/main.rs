@@ -2,10 +2,9 @@
 
 use std::process::ExitCode;
 
-use marcot_common::{config, server::exit_code};
+use marcot_common::{config::load_or_exit, server::run_daemon};
 use marcot_donor::server::{Settings, run};
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    exit_code("marcot-donor", run(config::load_or_exit::<Settings>()).await)
+fn main() -> ExitCode {
+    run_daemon("marcot-donor", async { run(load_or_exit::<Settings>()).await })
 }

@@ -228,6 +228,7 @@ impl Clones {
             }
         }
         drop(table);
+        marcot_common::os::give_memory_back();
         // Last: whoever waits for the end may start the next clone at once.
         job.status.tell();
     }
