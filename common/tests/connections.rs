@@ -190,20 +190,61 @@ async fn nothing_listening_and_no_such_host_have_mysqls_numbers() {
     assert_eq!(failure.metadata["donor_mysql_error"], "2005", "{failure}");
 }
 
+/// Passes each connection on to the next of these ports.
+async fn relay(ports: Vec<u16>) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        for port in ports {
+            let (mut near, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut far = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                // Either end may go first.
+                drop(tokio::io::copy_bidirectional(&mut near, &mut far).await);
+            });
+        }
+    });
+    port
+}
+
 /// Guards the pin: the further connections of a clone go to the same certificate, in the same mode.
-/// Without it the second server, which the CA has signed as well, is believed.
+/// With `pinned` made to leave the fingerprint out, the second server is believed, since the CA has
+/// signed it as well.
 #[tokio::test]
 async fn further_connections_are_pinned_to_the_first() {
     let pki = Pki::new();
-    let server = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let first = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let second = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let without_tls = Server::start(None, None).await;
     let by_ca = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
-    let options = options(server.port(), SslMode::Preferred).with_tls(by_ca);
-    let first = connect(&options).await.unwrap();
-    let mut pinned = options.pinned(&first);
-    connect(&pinned).await.unwrap();
+    let port = relay(vec![first.port(), first.port(), second.port(), without_tls.port()]).await;
+    let options = options(port, SslMode::Preferred).with_tls(by_ca);
+    let connection = connect(&options).await.unwrap();
+    let pinned = options.pinned(&connection);
     assert_eq!(pinned.ssl_mode, SslMode::Required);
-    pinned.tls.fingerprint = Some(Fingerprint([1; 32]));
-    assert_eq!(refused(&pinned).await.reason, "CERTIFICATE_NOT_TRUSTED");
+    connect(&pinned).await.unwrap();
+    let failure = refused(&pinned).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    assert_eq!(refused(&pinned).await.reason, "TLS_NOT_CONFIGURED");
+
+    let port = relay(vec![without_tls.port(); 2]).await;
+    let options = ConnectOptions::new("127.0.0.1", port, SslMode::Preferred);
+    let connection = connect(&options).await.unwrap();
+    assert_eq!(options.pinned(&connection).ssl_mode, SslMode::Disabled);
+}
+
+/// Guards the proof of the server's key under a pinned fingerprint: a certificate is public, and
+/// whoever shows it must hold its key. With `verify_tls13_signature` made to assert, the impostor
+/// is believed.
+#[tokio::test]
+async fn a_pinned_certificate_shown_without_its_key_is_refused() {
+    let pki = Pki::new();
+    let impostor = Server::start(Some(pki.impostor(&["127.0.0.1"])), None).await;
+    let pinned = ClientTls { fingerprint: impostor.fingerprint, ..ClientTls::default() };
+    let options = options(impostor.port(), SslMode::Required).with_tls(pinned);
+    let failure = refused(&options).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    assert!(failure.message.contains("BadSignature"), "{failure}");
 }
 
 /// Guards against a downgrade by silence: a middlebox that swallows the TLS hello gets no second

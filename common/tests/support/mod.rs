@@ -129,6 +129,26 @@ impl Pki {
         tls::server::load_with(&certificate, &key, None, versions).unwrap()
     }
 
+    /// A server that shows a certificate of whose key it knows nothing.
+    pub fn impostor(&self, names: &[&str]) -> ServerTls {
+        let (certificate, _) = self.sign(names, 2049);
+        let (_, other_key) = self.sign(names, 2049);
+        let fingerprint = tls::fingerprint_of(&certificate).unwrap();
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let key = PrivateKeyDer::from_pem_file(&other_key).unwrap();
+        let key = provider.key_provider.load_private_key(key).unwrap();
+        let chain = vec![CertificateDer::from_pem_file(&certificate).unwrap()];
+        let shown =
+            rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(chain, key));
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(shown));
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        ServerTls { config: Arc::new(config), fingerprint }
+    }
+
     /// A server as other people configure theirs: one version, any protocols inside.
     pub fn foreign_server(
         &self,
