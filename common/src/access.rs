@@ -199,3 +199,103 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection::Identity;
+
+    const RULES: &[(&str, Rule)] = &[
+        ("/marcot.donor.v1.DonorService/ListSnapshots", Rule::Needs(Privilege::Monitor)),
+        ("/marcot.donor.v1.DonorService/", Rule::Needs(Privilege::BackupAdmin)),
+    ];
+
+    fn peer() -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], 4000))
+    }
+
+    fn logged_in_with(privileges: &[Privilege]) -> Connection {
+        let connection = Connection::encrypted_with(peer(), "TLSv1.3".to_owned(), [1; 32]);
+        let identity =
+            Identity { user: "u".to_owned(), privileges: privileges.to_vec(), snapshot: None };
+        assert!(connection.log_in(identity));
+        connection
+    }
+
+    fn answer(policy: &Policy, path: &str, connection: &Connection) -> String {
+        match policy.check(path, Some(connection)) {
+            Ok(()) => "passed".to_owned(),
+            Err(failure) => failure.reason.into_owned(),
+        }
+    }
+
+    /// Guards the whole table: deny by default (with `None` made to pass, the unknown paths pass),
+    /// the log-in, and each privilege (with `may` made to say true, MONITOR opens everything).
+    #[test]
+    fn each_method_asks_for_what_its_rule_says_and_unknown_ones_are_denied() {
+        let policy = Policy { accounts: true, require_tls: false, rules: RULES };
+        let nobody = Connection::plain(peer());
+        let monitor = logged_in_with(&[Privilege::Monitor]);
+        let backup = logged_in_with(&[Privilege::BackupAdmin]);
+        let clone = logged_in_with(&[Privilege::CloneAdmin]);
+        for (path, expected) in [
+            ("/marcot.auth.v1.AuthService/LogIn", ["passed"; 4]),
+            ("/grpc.health.v1.Health/Check", ["passed"; 4]),
+            ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ["passed"; 4]),
+            (
+                "/marcot.donor.v1.DonorService/ListSnapshots",
+                ["NOT_LOGGED_IN", "passed", "passed", "passed"],
+            ),
+            (
+                "/marcot.donor.v1.DonorService/ReadRanges",
+                ["NOT_LOGGED_IN", "PRIVILEGE_REQUIRED", "passed", "PRIVILEGE_REQUIRED"],
+            ),
+            ("/marcot.other.v1.OtherService/Do", ["NOT_AVAILABLE"; 4]),
+            ("/marcot.auth.v1.AuthServiceX/LogIn", ["NOT_AVAILABLE"; 4]),
+            ("", ["NOT_AVAILABLE"; 4]),
+        ] {
+            let got =
+                [&nobody, &monitor, &backup, &clone].map(|caller| answer(&policy, path, caller));
+            assert_eq!(got, expected, "{path}");
+        }
+        let missing = policy.check("/grpc.health.v1.Health/Check", None);
+        missing.expect("health needs no connection");
+        let failure =
+            policy.check("/marcot.donor.v1.DonorService/ReadRanges", None).expect_err("no caller");
+        assert_eq!(failure.reason, "NOT_LOGGED_IN");
+    }
+
+    /// Guards `--require-tls`: it comes before every rule, log-in and health among them.
+    #[test]
+    fn plaintext_is_refused_everywhere_where_tls_is_required() {
+        let policy = Policy { accounts: true, require_tls: true, rules: RULES };
+        let plain = Connection::plain(peer());
+        let encrypted = logged_in_with(&[Privilege::BackupAdmin]);
+        for path in [
+            "/marcot.auth.v1.AuthService/LogIn",
+            "/grpc.health.v1.Health/Check",
+            "/marcot.donor.v1.DonorService/ReadRanges",
+        ] {
+            let failure = policy.check(path, Some(&plain)).expect_err(path);
+            assert_eq!(
+                (failure.reason.as_ref(), failure.mysql_error),
+                ("TLS_REQUIRED", Some(3159))
+            );
+            assert_eq!(answer(&policy, path, &encrypted), "passed", "{path}");
+        }
+    }
+
+    #[test]
+    fn the_larger_privileges_include_monitor_and_nothing_else() {
+        for (held, may) in [
+            (&[Privilege::Monitor][..], [false, false, true]),
+            (&[Privilege::BackupAdmin], [true, false, true]),
+            (&[Privilege::CloneAdmin], [false, true, true]),
+            (&[], [false; 3]),
+        ] {
+            let connection = logged_in_with(held);
+            let identity = connection.identity().expect("logged in");
+            assert_eq!(Privilege::ALL.map(|privilege| identity.may(privilege)), may, "{held:?}");
+        }
+    }
+}

@@ -189,9 +189,6 @@ impl Accounts {
         if self.accounts.contains_key(name) {
             return Err(AccountsError::Exists(name.to_owned()));
         }
-        let mut privileges = privileges.to_vec();
-        privileges.sort_unstable();
-        privileges.dedup();
         let verifier = self.register(name, password).ok_or_else(|| AccountsError::Malformed {
             path: self.path.clone(),
             why: "its server_setup does not work".to_owned(),
@@ -200,7 +197,7 @@ impl Accounts {
         self.accounts.insert(
             name.to_owned(),
             Stored {
-                privileges: privileges.iter().map(ToString::to_string).collect(),
+                privileges: written(privileges),
                 verifier,
                 created: created.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             },
@@ -225,6 +222,22 @@ impl Accounts {
             .ok()?;
         let record = ServerRegistration::<Suite>::finish(finished.message);
         Some(BASE64.encode(record.serialize()))
+    }
+
+    /// Gives an account other privileges; its password stays. They hold from the next log-in on,
+    /// once `save` has returned.
+    pub fn set_privileges(
+        &mut self,
+        name: &str,
+        privileges: &[Privilege],
+    ) -> Result<(), AccountsError> {
+        if privileges.is_empty() {
+            return Err(AccountsError::NoPrivilege(name.to_owned()));
+        }
+        let stored = self.accounts.get_mut(name);
+        let stored = stored.ok_or_else(|| AccountsError::Unknown(name.to_owned()))?;
+        stored.privileges = written(privileges);
+        Ok(())
     }
 
     /// Removes an account. It is gone once `save` has returned.
@@ -282,6 +295,14 @@ fn check_name(name: &str) -> Result<(), AccountsError> {
         return Err(AccountsError::BadName(name.escape_debug().take(160).collect()));
     }
     Ok(())
+}
+
+/// Privileges as the file has them: ascending, each once.
+fn written(privileges: &[Privilege]) -> Vec<String> {
+    let mut privileges = privileges.to_vec();
+    privileges.sort_unstable();
+    privileges.dedup();
+    privileges.iter().map(ToString::to_string).collect()
 }
 
 fn privileges_of(stored: &Stored) -> Result<Vec<Privilege>, String> {
@@ -351,6 +372,26 @@ mod tests {
         accounts.remove("clone").unwrap();
         accounts.save().unwrap();
         assert_eq!(file.current().unwrap().list(), []);
+    }
+
+    #[test]
+    fn privileges_change_and_the_password_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("accounts.toml");
+        let mut accounts = Accounts::open_or_create(&path).unwrap();
+        accounts.add("a", "b", &[Privilege::Monitor]).unwrap();
+        let verifier = accounts.accounts["a"].verifier.clone();
+        let asked = [Privilege::CloneAdmin, Privilege::BackupAdmin, Privilege::CloneAdmin];
+        accounts.set_privileges("a", &asked).unwrap();
+        accounts.save().unwrap();
+        let accounts_again = Accounts::open(&path).unwrap();
+        let expected = vec![Privilege::BackupAdmin, Privilege::CloneAdmin];
+        assert_eq!(accounts_again.privileges("a"), Some(expected));
+        assert_eq!(accounts_again.accounts["a"].verifier, verifier);
+        let unknown = accounts.set_privileges("nobody", &asked);
+        assert!(matches!(unknown, Err(AccountsError::Unknown(_))));
+        let none = accounts.set_privileges("a", &[]);
+        assert!(matches!(none, Err(AccountsError::NoPrivilege(_))));
     }
 
     /// Guards the check of the file's mode: without it the file is read.

@@ -31,10 +31,11 @@ pub use crate::tls::client::ClientTls;
 use crate::{
     failure::{Failure, chain},
     listener::NO_TLS_ANSWER,
-    tls::{EXPORTER_LABEL, Fingerprint, cipher_text},
+    tls::{EXPORTER_LABEL, Fingerprint, Versions, cipher_text},
 };
 
-/// Longest wait for a connection and its handshake.
+/// Longest wait for each step of a connection, unless told otherwise: a lost SYN is sent again after
+/// 1, 3 and 7 s.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// How long a plaintext peer may take to speak first: a MySQL server does at once, a Marcot server
@@ -45,6 +46,9 @@ const GREETING_WAIT: Duration = Duration::from_millis(300);
 /// keep a link of 1 GiB/s and 4 ms busy. Fixed ones are faster than hyper's adaptive ones.
 const FRAME_BYTES: u32 = 1 << 20;
 const WINDOW_BYTES: u32 = 4 << 20;
+
+/// Largest window that HTTP/2 knows (RFC 9113, 6.9.1).
+const WINDOW_BYTES_MAX: u32 = (1 << 31) - 1;
 
 /// A dead connection is found within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -76,6 +80,12 @@ pub struct ConnectOptions {
     pub tls: ClientTls,
     /// The address that the first connection found: further ones go there.
     address: Option<SocketAddr>,
+    /// Longest wait for each step: TCP, TLS, the first answer.
+    timeout: Duration,
+    /// Streams at one time on the connection.
+    streams: u32,
+    /// Protocol versions of TLS.
+    versions: Versions,
 }
 
 /// How a connection is protected.
@@ -107,13 +117,46 @@ impl ConnectOptions {
     #[must_use]
     pub fn new(host: &str, port: u16, ssl_mode: SslMode) -> Self {
         let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-        Self { host: host.to_owned(), port, ssl_mode, tls: ClientTls::default(), address: None }
+        Self {
+            host: host.to_owned(),
+            port,
+            ssl_mode,
+            tls: ClientTls::default(),
+            address: None,
+            timeout: CONNECT_MAX,
+            streams: 1,
+            versions: Versions::Tls13,
+        }
     }
 
     /// The same, with a word on whom to believe.
     #[must_use]
     pub fn with_tls(self, tls: ClientTls) -> Self {
         Self { tls, ..self }
+    }
+
+    /// The same, with another bound than 10 s on each step of the way: TCP, TLS, the first answer.
+    /// All of them together take at most twice as long.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// The same, for so many streams at one time instead of 1: the connection's window is theirs
+    /// together, 8 MiB each, 2 GiB at the most.
+    #[must_use]
+    pub fn with_streams(self, streams: u32) -> Self {
+        Self { streams: streams.max(1), ..self }
+    }
+
+    /// The same, with other protocol versions than TLS 1.3.
+    #[must_use]
+    pub fn with_tls_versions(self, versions: Versions) -> Self {
+        Self { versions, ..self }
+    }
+
+    fn connection_window_bytes(&self) -> u32 {
+        WINDOW_BYTES.saturating_mul(self.streams).min(WINDOW_BYTES_MAX)
     }
 
     /// For the further connections of the same clone: the same address, mode and certificate.
@@ -153,7 +196,7 @@ pub async fn connect(options: &ConnectOptions) -> Result<DonorConnection, Failur
             },
         }
     };
-    tokio::time::timeout(CONNECT_MAX * 2, connected).await.unwrap_or_else(|_| {
+    tokio::time::timeout(options.timeout * 2, connected).await.unwrap_or_else(|_| {
         Err(unreachable(2013, format!("{} did not finish connecting in time", options.name())))
     })
 }
@@ -191,7 +234,7 @@ async fn connect_plain(options: &ConnectOptions) -> Result<DonorConnection, Fail
 }
 
 async fn connect_tls(options: &ConnectOptions) -> Result<DonorConnection, Refusal> {
-    let config = options.tls.load().map_err(|e| {
+    let config = options.tls.load_with(options.versions).map_err(|e| {
         Failure::precondition("TLS_CONFIGURATION", e.to_string()).mysql(2026).from_donor()
     })?;
     let name = ServerName::try_from(options.host.clone()).map_err(|_| {
@@ -203,7 +246,7 @@ async fn connect_tls(options: &ConnectOptions) -> Result<DonorConnection, Refusa
     let io = Recorder { io: stream, seen: seen.clone() };
     let io = BufReader::with_capacity(READ_BUFFER_BYTES, io);
     let handshake = TlsConnector::from(config).connect(name, io);
-    let stream = match tokio::time::timeout(CONNECT_MAX, handshake).await {
+    let stream = match tokio::time::timeout(options.timeout, handshake).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             let bytes = seen.bytes();
@@ -213,17 +256,28 @@ async fn connect_tls(options: &ConnectOptions) -> Result<DonorConnection, Refusa
         }
         Err(_) => {
             let text = format!(
-                "{} did not answer a TLS hello within {} s",
+                "{} did not answer a TLS hello within {:?}",
                 options.name(),
-                CONNECT_MAX.as_secs()
+                options.timeout
             );
             return Err(unreachable(2026, text).into());
         }
     };
+    if stream.get_ref().1.alpn_protocol() != Some(b"h2") {
+        // Checked by name first: only a server that was believed gets this far.
+        return Err(no_http2(options).into());
+    }
     let security = security_of(&stream)?;
     // The first bytes are TLS; they tell nothing of what is inside.
     let channel = open_channel(options, Io::Tls(Box::new(stream)), &Seen::default()).await?;
     Ok(DonorConnection { channel, security, peer })
+}
+
+/// A TLS server that either offers other protocols only or knows nothing of ALPN.
+fn no_http2(options: &ConnectOptions) -> Failure {
+    let text =
+        format!("{} speaks TLS, but not HTTP/2 in it; it is no Marcot donor", options.name());
+    Failure::new(Code::FailedPrecondition, "NO_HTTP2_PEER", text).mysql(2026).from_donor()
 }
 
 fn security_of(stream: &TlsStream<BufReader<Recorder>>) -> Result<Security, Failure> {
@@ -260,6 +314,9 @@ fn tls_failure(options: &ConnectOptions, error: &io::Error, seen: &[u8], no_tls:
             ),
         ),
         Some(rustls::Error::General(why)) => ("CERTIFICATE_NOT_TRUSTED", format!("{name}: {why}")),
+        Some(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)) => {
+            return no_http2(options);
+        }
         Some(rustls::Error::AlertReceived(alert)) => (
             "TLS_REFUSED",
             format!("{name} refused TLS with alert {alert:?}; it may want a client certificate"),
@@ -289,7 +346,7 @@ async fn connect_tcp(options: &ConnectOptions) -> Result<(TcpStream, SocketAddr)
     };
     let mut last = io::Error::other("the name has no address");
     for address in addresses {
-        match tokio::time::timeout(CONNECT_MAX, TcpStream::connect(address)).await {
+        match tokio::time::timeout(options.timeout, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
                 stream.set_nodelay(true).map_err(|e| Failure::bug(e.to_string()))?;
                 return Ok((stream, address));
@@ -318,7 +375,7 @@ async fn open_channel(options: &ConnectOptions, io: Io, seen: &Seen) -> Result<C
         .tcp_nodelay(true)
         .max_frame_size(Some(FRAME_BYTES))
         .initial_stream_window_size(Some(WINDOW_BYTES))
-        .initial_connection_window_size(Some(WINDOW_BYTES))
+        .initial_connection_window_size(Some(options.connection_window_bytes()))
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .keep_alive_while_idle(true);
@@ -335,7 +392,7 @@ async fn probe(options: &ConnectOptions, channel: Channel, seen: &Seen) -> Resul
     use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
     let mut client = HealthClient::new(channel);
     let asked = client.check(HealthCheckRequest { service: String::new() });
-    let Ok(answer) = tokio::time::timeout(CONNECT_MAX, asked).await else {
+    let Ok(answer) = tokio::time::timeout(options.timeout, asked).await else {
         let text = format!("{} accepts connections and says nothing", options.name());
         return Err(unreachable(2013, text));
     };

@@ -68,16 +68,25 @@ impl Identity {
 pub struct Connection {
     /// The other end.
     pub peer: SocketAddr,
+    /// Protocol and cipher suite, e.g. `TLSv1.3 AES_128_GCM_SHA256`; empty in plaintext.
+    pub cipher: String,
     /// Of an encrypted connection: what binds a log-in to it (RFC 9266 tls-exporter).
     pub channel_binding: Option<[u8; 32]>,
     identity: OnceLock<Identity>,
 }
 
 impl Connection {
-    /// A connection that nobody has logged in on.
+    /// A plaintext connection that nobody has logged in on.
     #[must_use]
-    pub fn new(peer: SocketAddr, channel_binding: Option<[u8; 32]>) -> Self {
-        Self { peer, channel_binding, identity: OnceLock::new() }
+    pub fn plain(peer: SocketAddr) -> Self {
+        Self { peer, cipher: String::new(), channel_binding: None, identity: OnceLock::new() }
+    }
+
+    /// An encrypted connection that nobody has logged in on.
+    #[must_use]
+    pub fn encrypted_with(peer: SocketAddr, cipher: String, channel_binding: [u8; 32]) -> Self {
+        let channel_binding = Some(channel_binding);
+        Self { peer, cipher, channel_binding, identity: OnceLock::new() }
     }
 
     /// Whether it is encrypted.

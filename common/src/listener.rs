@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 
 use crate::{
     connection::{Connection, ConnectionInfo},
-    tls::{EXPORTER_LABEL, server::ServerTls},
+    tls::{EXPORTER_LABEL, cipher_text, server::ServerTls},
 };
 
 /// What a server without TLS answers to a TLS hello. No TLS record begins like this.
@@ -132,29 +132,30 @@ async fn open(
     if stream.peek(&mut first).await? == 0 {
         return Ok(None);
     }
-    let (io, channel_binding) = match (first[0], acceptor) {
+    let (io, connection) = match (first[0], acceptor) {
         (TLS_HANDSHAKE, Some(acceptor)) => {
             let stream = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
             let stream = acceptor.accept(stream).await?;
-            let binding = stream
-                .get_ref()
-                .1
+            let session = stream.get_ref().1;
+            let cipher = cipher_text(session);
+            let binding = session
                 .export_keying_material([0; 32], EXPORTER_LABEL, None)
                 .map_err(io::Error::other)?;
-            (Io::Tls(Box::new(stream)), Some(binding))
+            let connection = Connection::encrypted_with(peer, cipher, binding);
+            (Io::Tls(Box::new(stream)), connection)
         }
         (TLS_HANDSHAKE, None) => {
             refuse_tls(stream).await?;
             return Ok(None);
         }
-        (HTTP2_PREFACE, _) => (Io::Plain(stream), None),
+        (HTTP2_PREFACE, _) => (Io::Plain(stream), Connection::plain(peer)),
         (other, _) => {
             debug!(%peer, first_byte = other, "a connection speaks neither TLS nor HTTP/2");
             return Ok(None);
         }
     };
-    let connection = Arc::new(Connection::new(peer, channel_binding));
-    Ok(Some(ServerStream { io, connection: ConnectionInfo(connection), _place: place }))
+    let connection = ConnectionInfo(Arc::new(connection));
+    Ok(Some(ServerStream { io, connection, _place: place }))
 }
 
 /// Says that there is no TLS here, and makes sure that it is heard: closing a socket with unread

@@ -1,4 +1,4 @@
-//! TLS on both sides: rustls with one provider, aws-lc-rs, and TLS 1.3.
+//! TLS on both sides: rustls with one provider, aws-lc-rs, and TLS 1.3; TLS 1.2 if asked.
 
 pub mod client;
 pub mod server;
@@ -6,7 +6,7 @@ pub mod server;
 use std::{fmt, path::Path, sync::Arc};
 
 use rustls::{
-    CipherSuite,
+    CipherSuite, SupportedProtocolVersion,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
@@ -30,6 +30,35 @@ pub enum TlsError {
     /// A fingerprint is none.
     #[error("`{0}` is no SHA-256 fingerprint: write 64 hexadecimal digits, with or without colons")]
     Fingerprint(String),
+}
+
+/// Protocol versions that are offered or taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Versions {
+    /// TLS 1.3 only.
+    #[default]
+    Tls13,
+    /// TLS 1.2 as well, for networks that inspect TLS and know no better. It needs the extended
+    /// master secret (RFC 7627): without it the channel binding would bind nothing.
+    Tls12AndTls13,
+}
+
+static TLS13: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
+static TLS12_AND_TLS13: [&SupportedProtocolVersion; 2] =
+    [&rustls::version::TLS13, &rustls::version::TLS12];
+
+impl Versions {
+    fn supported(self) -> &'static [&'static SupportedProtocolVersion] {
+        match self {
+            Self::Tls13 => &TLS13,
+            Self::Tls12AndTls13 => &TLS12_AND_TLS13,
+        }
+    }
+}
+
+/// Returns the fingerprint of the first certificate of a PEM file: the end entity's in a chain.
+pub fn fingerprint_of(certificate: &Path) -> Result<Fingerprint, TlsError> {
+    Ok(Fingerprint::of(&read_certificates("certificate", certificate)?[0]))
 }
 
 /// SHA-256 of a certificate in DER form.

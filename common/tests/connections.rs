@@ -5,15 +5,20 @@
 
 mod support;
 
-use std::{io::Write as _, net::TcpListener, time::Duration};
+use std::{io::Write as _, net::TcpListener, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
 
 use marcot_common::{
     connect::{ClientTls, ConnectOptions, SslMode, connect},
     failure::Failure,
-    tls::Fingerprint,
+    listener::{Listener, NO_TLS_ANSWER},
+    tls::{Fingerprint, Versions},
 };
 use support::{Pki, Server};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected as _;
 
 fn options(port: u16, mode: SslMode) -> ConnectOptions {
     ConnectOptions::new("127.0.0.1", port, mode)
@@ -185,18 +190,262 @@ async fn nothing_listening_and_no_such_host_have_mysqls_numbers() {
     assert_eq!(failure.metadata["donor_mysql_error"], "2005", "{failure}");
 }
 
+/// Passes each connection on to the next of these ports.
+async fn relay(ports: Vec<u16>) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        for port in ports {
+            let (mut near, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut far = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                // Either end may go first.
+                drop(tokio::io::copy_bidirectional(&mut near, &mut far).await);
+            });
+        }
+    });
+    port
+}
+
 /// Guards the pin: the further connections of a clone go to the same certificate, in the same mode.
-/// Without it the second server, which the CA has signed as well, is believed.
+/// With `pinned` made to leave the fingerprint out, the second server is believed, since the CA has
+/// signed it as well.
 #[tokio::test]
 async fn further_connections_are_pinned_to_the_first() {
     let pki = Pki::new();
-    let server = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let first = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let second = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let without_tls = Server::start(None, None).await;
     let by_ca = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
-    let options = options(server.port(), SslMode::Preferred).with_tls(by_ca);
-    let first = connect(&options).await.unwrap();
-    let mut pinned = options.pinned(&first);
-    connect(&pinned).await.unwrap();
+    let port = relay(vec![first.port(), first.port(), second.port(), without_tls.port()]).await;
+    let options = options(port, SslMode::Preferred).with_tls(by_ca);
+    let connection = connect(&options).await.unwrap();
+    let pinned = options.pinned(&connection);
     assert_eq!(pinned.ssl_mode, SslMode::Required);
-    pinned.tls.fingerprint = Some(Fingerprint([1; 32]));
-    assert_eq!(refused(&pinned).await.reason, "CERTIFICATE_NOT_TRUSTED");
+    connect(&pinned).await.unwrap();
+    let failure = refused(&pinned).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    assert_eq!(refused(&pinned).await.reason, "TLS_NOT_CONFIGURED");
+
+    let port = relay(vec![without_tls.port(); 2]).await;
+    let options = ConnectOptions::new("127.0.0.1", port, SslMode::Preferred);
+    let connection = connect(&options).await.unwrap();
+    assert_eq!(options.pinned(&connection).ssl_mode, SslMode::Disabled);
+}
+
+/// Guards the proof of the server's key under a pinned fingerprint: a certificate is public, and
+/// whoever shows it must hold its key. With `verify_tls13_signature` made to assert, the impostor
+/// is believed.
+#[tokio::test]
+async fn a_pinned_certificate_shown_without_its_key_is_refused() {
+    let pki = Pki::new();
+    let impostor = Server::start(Some(pki.impostor(&["127.0.0.1"])), None).await;
+    let pinned = ClientTls { fingerprint: impostor.fingerprint, ..ClientTls::default() };
+    let options = options(impostor.port(), SslMode::Required).with_tls(pinned);
+    let failure = refused(&options).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    assert!(failure.message.contains("BadSignature"), "{failure}");
+}
+
+/// Guards against a downgrade by silence: a middlebox that swallows the TLS hello gets no second
+/// connection and no plaintext. The same silence is told as such in every mode, in bounded time.
+#[tokio::test]
+async fn silence_ends_in_an_error_and_never_in_plaintext() {
+    for (mode, expected) in [
+        (SslMode::Preferred, "did not answer a TLS hello"),
+        (SslMode::Required, "did not answer a TLS hello"),
+        (SslMode::Disabled, "accepts connections and says nothing"),
+    ] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let options = options(port, mode).with_timeout(Duration::from_millis(500));
+        let (failure, first) = tokio::join!(refused(&options), async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let first = stream.read_u8().await.unwrap();
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await.unwrap();
+            first
+        });
+        assert!(failure.message.contains(expected), "{mode:?}: {failure}");
+        assert_eq!(failure.mysql_error, Some(3862));
+        assert_eq!(first == 0x16, mode != SslMode::Disabled, "{mode:?} sent {first:#x}");
+        let second = tokio::time::timeout(Duration::from_millis(100), listener.accept()).await;
+        assert!(second.is_err(), "{mode:?} tried again");
+    }
+}
+
+/// A TLS server that is no Marcot: one that offers other protocols only, and one that knows nothing
+/// of ALPN, whom HTTP/2 must not be spoken to.
+#[tokio::test]
+async fn a_tls_server_without_http2_is_told_as_such() {
+    let pki = Pki::new();
+    for alpn in [&["http/1.1"][..], &[]] {
+        let tls = pki.foreign_server(&["127.0.0.1"], &rustls::version::TLS13, alpn);
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::clone(&tls.config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut inside = Vec::new();
+            if let Ok(mut stream) = acceptor.accept(stream).await {
+                // Ends without a TLS close; what came before it counts.
+                drop(stream.read_to_end(&mut inside).await);
+            }
+            inside
+        });
+        let trusting = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
+        let failure = refused(&options(port, SslMode::Required).with_tls(trusting)).await;
+        assert_eq!(failure.reason, "NO_HTTP2_PEER", "{alpn:?}: {failure}");
+        assert_eq!(failure.metadata["donor_mysql_error"], "2026");
+        assert_eq!(server.await.unwrap(), b"", "{alpn:?}");
+    }
+}
+
+/// Guards the default of TLS 1.3 only, on both sides: TLS 1.2 comes about only where it was asked
+/// for. With `Versions::Tls13` made to name both, the refused cases connect.
+#[tokio::test]
+async fn tls_1_2_is_spoken_only_when_asked_for() {
+    let pki = Pki::new();
+    let trusting = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
+    let old = pki.foreign_server(&["127.0.0.1"], &rustls::version::TLS12, &["h2"]);
+    let old = Server::start(Some(old), None).await;
+    let by_default = options(old.port(), SslMode::Required).with_tls(trusting.clone());
+    assert_eq!(refused(&by_default).await.metadata["donor_mysql_error"], "2026");
+    let both = by_default.with_tls_versions(Versions::Tls12AndTls13);
+    let security = connect(&both).await.unwrap().security;
+    assert!(security.cipher.starts_with("TLSv1.2 "), "{}", security.cipher);
+    assert!(security.channel_binding.is_some());
+
+    for (versions, taken) in [(Versions::Tls13, false), (Versions::Tls12AndTls13, true)] {
+        let tls = pki.server_with(&["127.0.0.1"], versions);
+        let server = Server::start(Some(tls), None).await;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(pki.ca_certificate()).unwrap();
+        let client = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS12])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let stream = tokio::net::TcpStream::connect(("127.0.0.1", server.port())).await.unwrap();
+        let name = "127.0.0.1".try_into().unwrap();
+        let handshake = tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, stream);
+        assert_eq!(handshake.await.is_ok(), taken, "{versions:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_fingerprint_file_reads_as_the_server_shows_it() {
+    let pki = Pki::new();
+    let (certificate, key) = pki.client();
+    let server = marcot_common::tls::server::load(&certificate, &key, None).unwrap();
+    assert_eq!(marcot_common::tls::fingerprint_of(&certificate).unwrap(), server.fingerprint);
+    let error = marcot_common::tls::fingerprint_of(&key).unwrap_err().to_string();
+    assert!(error.contains(&key.display().to_string()), "{error}");
+}
+
+/// Guards the rule that a channel is one connection: a lost one must not come back without its
+/// log-in. With a connector that dials again, the second connection arrives.
+#[tokio::test]
+async fn a_lost_connection_stays_lost() {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    let server = Server::start(None, None).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let options = options(port, SslMode::Disabled);
+    let cut = CancellationToken::new();
+    let (until_cut, server_port) = (cut.clone(), server.port());
+    let forward = tokio::spawn(async move {
+        let (mut near, _) = listener.accept().await.unwrap();
+        let far = tokio::net::TcpStream::connect(("127.0.0.1", server_port)).await;
+        let mut far = far.unwrap();
+        let forward = tokio::io::copy_bidirectional(&mut near, &mut far);
+        drop(until_cut.run_until_cancelled(forward).await);
+        listener
+    });
+    let mut client = HealthClient::new(connect(&options).await.unwrap().channel);
+    let ask = || HealthCheckRequest { service: String::new() };
+    client.check(ask()).await.unwrap();
+    cut.cancel();
+    let listener = forward.await.unwrap();
+    for _ in 0..3 {
+        client.check(ask()).await.unwrap_err();
+    }
+    let second = tokio::time::timeout(Duration::from_millis(200), listener.accept()).await;
+    assert!(second.is_err(), "it dialled again");
+}
+
+/// Guards the one defined answer against a reset, which may overtake it on a real network: the
+/// server goes on taking what the client still sends, until the client has closed. Without the
+/// drain its socket is closed with bytes unread, and the write after the answer fails.
+#[tokio::test]
+async fn the_answer_of_a_server_without_tls_is_not_lost_to_a_reset() {
+    let server = Server::start(None, None).await;
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", server.port())).await.unwrap();
+    stream.write_all(&[0x16; 16 << 10]).await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, NO_TLS_ANSWER);
+    stream.write_all(&[0; 16 << 10]).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_neither_tls_nor_http2_is_closed_without_a_word() {
+    let pki = Pki::new();
+    for tls in [None, Some(pki.server(&["127.0.0.1"]))] {
+        let server = Server::start(tls, None).await;
+        for first in [0, b'G', 0x15, 0xff] {
+            let address = ("127.0.0.1", server.port());
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            stream.write_u8(first).await.unwrap();
+            let mut answer = Vec::new();
+            // A reset is as good an end as a close: there is nothing to be lost.
+            drop(stream.read_to_end(&mut answer).await);
+            assert_eq!(answer, b"", "{first:#x}");
+        }
+    }
+}
+
+/// Guards the bound on a handshake: a client that says nothing, and one that stops in its hello, are
+/// closed after 10 s of a clock that the test turns. Without the bound the wait of 60 s runs out.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_stops_in_its_handshake_is_closed() {
+    let pki = Pki::new();
+    let server = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    for said in [&b""[..], b"\x16\x03\x01"] {
+        let begin = tokio::time::Instant::now();
+        let mut stream =
+            tokio::net::TcpStream::connect(("127.0.0.1", server.port())).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        let mut answer = Vec::new();
+        let closed = stream.read_to_end(&mut answer);
+        let closed = tokio::time::timeout(Duration::from_secs(60), closed).await;
+        assert!(closed.is_ok(), "still open: {said:?}");
+        assert!(begin.elapsed() >= Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn a_server_knows_how_each_of_its_connections_is_protected() {
+    let pki = Pki::new();
+    let tls = Some(pki.server(&["127.0.0.1"]));
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), tls).await.unwrap();
+    let port = listener.local_address().unwrap().port();
+    let stop = CancellationToken::new();
+    let mut incoming = Box::pin(listener.incoming(stop.clone()));
+    for (mode, cipher) in
+        [(SslMode::Required, "TLSv1.3 AES_128_GCM_SHA256"), (SslMode::Disabled, "")]
+    {
+        let trusting = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
+        let client = tokio::spawn(async move {
+            // Nobody serves the connection; it is the server's end that is looked at.
+            drop(connect(&options(port, mode).with_tls(trusting)).await);
+        });
+        let connection = incoming.next().await.unwrap().unwrap().connect_info().0;
+        assert_eq!(connection.cipher, cipher);
+        assert_eq!(connection.encrypted(), mode == SslMode::Required);
+        assert_eq!(connection.channel_binding.is_some(), connection.encrypted());
+        client.await.unwrap();
+    }
+    stop.cancel();
 }

@@ -318,3 +318,88 @@ async fn a_password_is_not_among_the_bytes_of_a_plaintext_log_in() {
         assert!(!seen.windows(secret.len()).any(|w| w == secret));
     }
 }
+
+/// Guards the channel binding in OPAQUE's context: the right password, relayed by a middleman from
+/// one TLS connection onto another, logs nobody in. With `password_context` made to leave the
+/// binding out, it does.
+#[tokio::test]
+async fn a_password_log_in_cannot_be_relayed_onto_another_tls_connection() {
+    let home = accounts();
+    let pki = Pki::new();
+    let tls = pki.server(&["127.0.0.1"]);
+    let server = Server::start(Some(tls), Some(&home.accounts)).await;
+    let trusting = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
+    let options =
+        ConnectOptions::new("127.0.0.1", server.port(), SslMode::Required).with_tls(trusting);
+    let mine = connect(&options).await.unwrap();
+    let relayed = connect(&options).await.unwrap();
+    let mut client = AuthServiceClient::new(relayed.channel.clone());
+    let password = Zeroizing::new(PASSWORD.to_owned());
+    let result = log_in_with_password(&mut client, &mine.security, "clone", &password).await;
+    assert_eq!(result.unwrap_err().reason, "ACCESS_DENIED");
+    assert_eq!(ask(&relayed).await.reason, "NOT_LOGGED_IN");
+    log_in(&mine, "clone", PASSWORD).await.unwrap();
+}
+
+fn key_start() -> Request {
+    Request::KeyStart(pb::KeyStart { snapshot: "snapshots/1".to_owned() })
+}
+
+/// Guards the bound on log-ins under way. With 17 places instead of 16 the last one is let in.
+#[tokio::test]
+async fn a_log_in_too_many_is_told_when_to_come_again() {
+    let home = accounts();
+    let server = Server::start(None, Some(&home.accounts)).await;
+    let connection = plain(server.port()).await;
+    let mut under_way = Vec::new();
+    for _ in 0..16 {
+        let mut exchange = Exchange::begin(&connection.channel, key_start()).await;
+        // The challenge shows that the log-in has its place.
+        exchange.answer().await.unwrap();
+        under_way.push(exchange);
+    }
+    let other = plain(server.port()).await;
+    let failure = log_in(&other, "clone", PASSWORD).await.unwrap_err();
+    assert_eq!(failure.code, tonic::Code::ResourceExhausted);
+    assert_eq!(failure.reason, "TOO_MANY_LOG_INS");
+    assert!(failure.retry_after.is_some());
+    // A log-in that ends, if only by failing, gives its place back.
+    let mut exchange = under_way.pop().unwrap();
+    exchange.send(Request::KeyProof(pb::KeyProof { signature: vec![0; 64].into() })).await;
+    assert_eq!(exchange.answer().await.unwrap_err().reason, "ACCESS_DENIED");
+    log_in(&other, "clone", PASSWORD).await.unwrap();
+}
+
+/// Guards the bound on each step: a client that takes the challenge and falls silent is let go after
+/// 10 s of a clock that the test turns, and its place with it.
+#[tokio::test]
+async fn a_log_in_that_falls_silent_is_ended() {
+    let home = accounts();
+    let server = Server::start(None, Some(&home.accounts)).await;
+    let connection = plain(server.port()).await;
+    let mut exchange = Exchange::begin(&connection.channel, key_start()).await;
+    exchange.answer().await.unwrap();
+    tokio::time::pause();
+    let begin = tokio::time::Instant::now();
+    let failure = exchange.answer().await.unwrap_err();
+    assert_eq!(failure.code, tonic::Code::DeadlineExceeded, "{failure}");
+    assert!((10..15).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+}
+
+/// Messages out of turn and damaged ones are refused as such, and log nobody in.
+#[tokio::test]
+async fn messages_out_of_turn_are_refused() {
+    let home = accounts();
+    let server = Server::start(None, Some(&home.accounts)).await;
+    let proof = Request::KeyProof(pb::KeyProof { signature: vec![0; 64].into() });
+    let damaged = Request::PasswordStart(pb::PasswordStart {
+        user: "clone".to_owned(),
+        credential_request: vec![1; 7].into(),
+    });
+    for first in [proof, damaged] {
+        let connection = plain(server.port()).await;
+        let mut exchange = Exchange::begin(&connection.channel, first).await;
+        assert_eq!(exchange.answer().await.unwrap_err().code, tonic::Code::InvalidArgument);
+        assert_eq!(ask(&connection).await.reason, "NOT_LOGGED_IN");
+    }
+}

@@ -9,7 +9,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
-use super::{Fingerprint, TlsError, provider, read_certificates, read_error, read_key};
+use super::{Fingerprint, TlsError, Versions, provider, read_certificates, read_error, read_key};
 
 /// What a client believes and shows. Without CA and fingerprint: the system's roots.
 #[derive(Debug, Clone, Default)]
@@ -35,10 +35,15 @@ impl ClientTls {
         self.ca.is_some() || self.certificate.is_some() || self.fingerprint.is_some()
     }
 
-    /// Reads the files.
+    /// Reads the files, for TLS 1.3 only.
     pub fn load(&self) -> Result<Arc<ClientConfig>, TlsError> {
+        self.load_with(Versions::Tls13)
+    }
+
+    /// Reads the files.
+    pub fn load_with(&self, versions: Versions) -> Result<Arc<ClientConfig>, TlsError> {
         let builder = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
+            .with_protocol_versions(versions.supported())
             .map_err(|e| TlsError::Configuration(e.to_string()))?;
         let builder = match &self.fingerprint {
             Some(fingerprint) => builder
@@ -56,6 +61,7 @@ impl ClientTls {
                 .map_err(|e| TlsError::Configuration(format!("client certificate: {e}")))?,
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
+        config.require_ems = true;
         Ok(Arc::new(config))
     }
 

@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
 
-use super::{Fingerprint, TlsError, provider, read_certificates, read_error, read_key};
+use super::{Fingerprint, TlsError, Versions, provider, read_certificates, read_error, read_key};
 
 /// A server's certificate in use.
 #[derive(Debug, Clone)]
@@ -15,16 +15,27 @@ pub struct ServerTls {
     pub fingerprint: Fingerprint,
 }
 
-/// Reads certificate chain and key; with a client CA, every client must show a certificate of it.
+/// Reads certificate chain and key, for TLS 1.3 only; with a client CA, every client must show a
+/// certificate of it.
 pub fn load(
     certificate: &Path,
     key: &Path,
     client_ca: Option<&Path>,
 ) -> Result<ServerTls, TlsError> {
+    load_with(certificate, key, client_ca, Versions::Tls13)
+}
+
+/// The same as `load`, with a word on the protocol versions.
+pub fn load_with(
+    certificate: &Path,
+    key: &Path,
+    client_ca: Option<&Path>,
+    versions: Versions,
+) -> Result<ServerTls, TlsError> {
     let chain = read_certificates("certificate", certificate)?;
     let fingerprint = Fingerprint::of(&chain[0]);
     let builder = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
+        .with_protocol_versions(versions.supported())
         .map_err(|e| TlsError::Configuration(e.to_string()))?;
     let builder = match client_ca {
         None => builder.with_no_client_auth(),
@@ -47,5 +58,6 @@ pub fn load(
         ))
     })?;
     config.alpn_protocols = vec![b"h2".to_vec()];
+    config.require_ems = true;
     Ok(ServerTls { config: Arc::new(config), fingerprint })
 }

@@ -15,11 +15,15 @@ use marcot_common::{
     connection::Privilege,
     listener::Listener,
     login::server::{KeyDirectory, LogInService, NoKeys},
-    tls::{self, Fingerprint, server::ServerTls},
+    tls::{self, Fingerprint, Versions, server::ServerTls},
 };
 use marcot_proto::auth::v1::auth_service_server::AuthServiceServer;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+};
+use rustls::{
+    SupportedProtocolVersion,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -95,6 +99,10 @@ impl Pki {
         self.directory.path().join("ca.pem")
     }
 
+    pub fn ca_certificate(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_file(self.ca()).unwrap()
+    }
+
     /// The CA's certificate, whose directory stays.
     pub fn ca_kept(self) -> PathBuf {
         self.directory.keep().join("ca.pem")
@@ -113,6 +121,54 @@ impl Pki {
     pub fn server_with_client_ca(&self, names: &[&str]) -> ServerTls {
         let (certificate, key) = self.sign(names, 2049);
         tls::server::load(&certificate, &key, Some(&self.ca())).unwrap()
+    }
+
+    /// A server that takes the versions that are named.
+    pub fn server_with(&self, names: &[&str], versions: Versions) -> ServerTls {
+        let (certificate, key) = self.sign(names, 2049);
+        tls::server::load_with(&certificate, &key, None, versions).unwrap()
+    }
+
+    /// A server that shows a certificate of whose key it knows nothing.
+    pub fn impostor(&self, names: &[&str]) -> ServerTls {
+        let (certificate, _) = self.sign(names, 2049);
+        let (_, other_key) = self.sign(names, 2049);
+        let fingerprint = tls::fingerprint_of(&certificate).unwrap();
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let key = PrivateKeyDer::from_pem_file(&other_key).unwrap();
+        let key = provider.key_provider.load_private_key(key).unwrap();
+        let chain = vec![CertificateDer::from_pem_file(&certificate).unwrap()];
+        let shown =
+            rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(chain, key));
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(shown));
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        ServerTls { config: Arc::new(config), fingerprint }
+    }
+
+    /// A server as other people configure theirs: one version, any protocols inside.
+    pub fn foreign_server(
+        &self,
+        names: &[&str],
+        version: &'static SupportedProtocolVersion,
+        alpn: &[&str],
+    ) -> ServerTls {
+        let (certificate, key) = self.sign(names, 2049);
+        let fingerprint = tls::fingerprint_of(&certificate).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let chain: Result<Vec<_>, _> =
+            CertificateDer::pem_file_iter(&certificate).unwrap().collect();
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain.unwrap(), PrivateKeyDer::from_pem_file(&key).unwrap())
+            .unwrap();
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        ServerTls { config: Arc::new(config), fingerprint }
     }
 
     pub fn client(&self) -> (PathBuf, PathBuf) {
