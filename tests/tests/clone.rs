@@ -207,6 +207,29 @@ async fn all_findings_are_told_at_once_and_nothing_changes() {
     no_staging(home);
 }
 
+/// Without DATA DIRECTORY the recipient's own directory is seeded, and only while it is empty.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_data_directory_of_its_own_is_seeded_and_a_full_one_is_not_touched() {
+    let fill = |data: &Path| {
+        std::fs::write(data.join("file"), "from the donor").unwrap();
+        std::fs::create_dir(data.parent().unwrap().join("own")).unwrap();
+    };
+    let pair = Pair::start_with(&[], &["--data-directory", "{home}/own"], fill).await;
+    let mut client = pair.client.clone();
+    let port = pair.donor.port();
+    let statement = format!("CLONE INSTANCE FROM 'clone'@'127.0.0.1':{port} IDENTIFIED BY ''");
+    let own = pair.home().join("own");
+    let clone = clone_and_wait(&mut client, &statement).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    tree::assert_identical(&pair.data(), &own);
+
+    std::fs::write(own.join("file"), "written since").unwrap();
+    let failure = clone_error(&mut client, &statement).await;
+    assert_eq!(failure.reason, "NOT_AVAILABLE", "{failure:?}");
+    assert_eq!(std::fs::read_to_string(own.join("file")).unwrap(), "written since");
+    no_staging(pair.home());
+}
+
 /// The caller's trace goes on through the recipient to the donor.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_callers_trace_reaches_the_donor() {
