@@ -19,6 +19,8 @@ pub enum Change {
     Truncate,
     /// The path is gone, with all that is in it.
     Remove,
+    /// Parts of the file are read anew, the others stay.
+    Patch,
 }
 
 /// What an entry is.
@@ -84,7 +86,9 @@ impl Entry {
     #[must_use]
     pub fn content_bytes(&self) -> u64 {
         match (self.change, &self.kind) {
-            (Change::Add | Change::Replace, Some(Kind::Regular { size, .. })) => *size,
+            (Change::Add | Change::Replace | Change::Patch, Some(Kind::Regular { size, .. })) => {
+                *size
+            }
             _ => 0,
         }
     }

@@ -47,6 +47,7 @@ pub fn entry(message: pb::FileEntry) -> Result<Entry, Failure> {
         Ok(pb::EntryChange::Rename) => Change::Rename,
         Ok(pb::EntryChange::Truncate) => Change::Truncate,
         Ok(pb::EntryChange::Remove) => Change::Remove,
+        Ok(pb::EntryChange::Patch) => Change::Patch,
         _ => return Err(bad(format!("{path} has unknown change {}", message.change))),
     };
     let kind = match pb::FileType::try_from(message.r#type) {
@@ -159,6 +160,7 @@ pub fn entry_to_wire(entry: &Entry) -> pb::FileEntry {
             Change::Rename => pb::EntryChange::Rename,
             Change::Truncate => pb::EntryChange::Truncate,
             Change::Remove => pb::EntryChange::Remove,
+            Change::Patch => pb::EntryChange::Patch,
         }
         .into(),
         path: Bytes::copy_from_slice(entry.path.as_bytes()),

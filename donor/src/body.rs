@@ -223,7 +223,13 @@ mod tests {
                 raw_length: u32::try_from(payload.len()).unwrap(),
                 crc32c: 0xdead_beef,
                 digest: Bytes::from_static(b"digest"),
-                extents: vec![pb::Extent { file_id: 5, offset: 6, length: 7, hole: true }],
+                extents: vec![pb::Extent {
+                    file_id: 5,
+                    offset: 6,
+                    length: 7,
+                    hole: true,
+                    unchanged: false,
+                }],
                 payload: Bytes::new(),
             };
             let whole = pb::Chunk { payload: Bytes::copy_from_slice(payload), ..header.clone() };

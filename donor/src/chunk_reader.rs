@@ -20,7 +20,7 @@ use marcot_common::{
     position::Position,
     wire,
 };
-use marcot_engine::{FileReader, Snapshot};
+use marcot_engine::{Content, FileReader, Snapshot};
 use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
 
 /// Longest life of one call: shorter than the customary 60 s limit of proxies on one stream.
@@ -212,10 +212,17 @@ impl ChunkReader {
         if range.length >= self.plan.chunk_bytes as u64 {
             self.flush(emit)?;
         }
+        let unit = reader.unit().max(1);
         let mut offset = range.offset;
         while offset < end {
-            if self.sent_enough() || Instant::now() >= deadline {
+            let may_stop = offset.is_multiple_of(unit);
+            if may_stop && (self.sent_enough() || Instant::now() >= deadline) {
                 return Ok(Ok(Progress::Stopped { done: offset - range.offset }));
+            }
+            // What is read together goes into one buffer.
+            let room = (self.plan.chunk_bytes - self.chunk.filled) as u64;
+            if may_stop && unit > 1 && room < unit {
+                self.flush(emit)?;
             }
             match self.read_some(range.file_id, reader.as_mut(), offset, end) {
                 Ok(next) => offset = next,
@@ -242,28 +249,39 @@ impl ChunkReader {
             return Err(Failure::bug(format!("span at {offset} ends at {}", span.end)));
         }
         let mut length = span.end - offset;
-        if span.hole {
-            self.end.hole_bytes += length;
+        if span.content != Content::Data {
+            if span.content == Content::Hole {
+                self.end.hole_bytes += length;
+            }
         } else {
             if self.chunk.buffer.is_empty() {
                 self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
             }
             let room = &mut self.chunk.buffer[self.chunk.filled..];
             length = length.min(room.len() as u64);
+            let unit = reader.unit().max(1);
+            if length < span.end - offset && length >= unit {
+                length -= (offset + length) % unit;
+            }
             let take = usize::try_from(length).unwrap_or(room.len());
             reader.read_exact_at(&mut room[..take], offset)?;
             self.chunk.filled += take;
             self.end.raw_bytes += length;
         }
+        let (hole, unchanged) = (span.content == Content::Hole, span.content == Content::Unchanged);
         match self.chunk.extents.last_mut() {
             Some(last)
                 if last.file_id == file_id
-                    && last.hole == span.hole
+                    && last.hole == hole
+                    && last.unchanged == unchanged
                     && last.offset + last.length == offset =>
             {
                 last.length += length;
             }
-            _ => self.chunk.extents.push(pb::Extent { file_id, offset, length, hole: span.hole }),
+            _ => {
+                let extent = pb::Extent { file_id, offset, length, hole, unchanged };
+                self.chunk.extents.push(extent);
+            }
         }
         Ok(offset + length)
     }

@@ -6,12 +6,13 @@ use marcot_common::{
     access::Rule,
     config::Loaded,
     connection::{Identity, Privilege},
+    failure::Failure,
     login::server::KeyDirectory,
-    server::{Daemon, Problem, Role, ServerOptions, default_spool_directory},
+    server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
 };
-use marcot_engine::{EngineConfig, open_engine};
+use marcot_engine::{EngineOptions, open_engine};
 
 use crate::{
     api::{self, Api},
@@ -42,12 +43,9 @@ pub struct Settings {
     /// Address to take calls on; not loopback only with --accounts.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4407", env = "MARCOT_LISTEN")]
     pub listen: SocketAddr,
-    /// How the data directory is read: `files` for one that nobody writes.
-    #[arg(long, default_value = "files", env = "MARCOT_ENGINE")]
-    pub engine: String,
-    /// Directory for lists and other temporary files [default: $TMPDIR or /var/tmp].
-    #[arg(long, value_name = "DIR", env = "MARCOT_SPOOL_DIRECTORY")]
-    pub spool_directory: Option<PathBuf>,
+    /// How it is read.
+    #[command(flatten)]
+    pub engine: EngineOptions,
     /// Most snapshots at one time; one more is refused, and told when to try again.
     #[arg(long, default_value_t = 8, env = "MARCOT_SNAPSHOTS_MAX",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -61,12 +59,9 @@ pub struct Settings {
 pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let Loaded { args: settings, effective } = loaded;
     let prepared = settings.server.prepare(settings.listen).map_err(Problem::Settings)?;
-    let config = EngineConfig {
-        engine: settings.engine.clone(),
-        data_directory: settings.data_directory.clone(),
-        spool_directory: settings.spool_directory.clone().unwrap_or_else(default_spool_directory),
-    };
-    let engine = open_engine(&config).map_err(|e| Problem::Settings(vec![e.message]))?;
+    let wrong = |e: Failure| Problem::Settings(vec![e.message]);
+    let config = settings.engine.config(settings.data_directory.clone()).map_err(wrong)?;
+    let engine = open_engine(&config).map_err(wrong)?;
     if settings.server.config.check_config {
         print!("{effective}");
         return Ok(());

@@ -170,6 +170,8 @@ impl CloneJob {
                     (Change::Truncate, Some(Kind::Regular { size, .. })) => {
                         staging.open_file(&entry.path, *size)?;
                     }
+                    // Made, or cut to its size, when it is written.
+                    (Change::Patch, _) => {}
                     _ => staging.make(&entry)?,
                 }
             }

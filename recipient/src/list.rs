@@ -344,17 +344,18 @@ pub fn merge(
                 )));
             }
             Change::Remove => {}
-            Change::Truncate => {
+            Change::Truncate | Change::Patch => {
                 let kept = replaced.and_then(|replaced| match (replaced.kind, &entry.kind) {
                     (Some(Kind::Regular { .. }), Some(Kind::Regular { .. })) => Some(()),
                     _ => None,
                 });
                 if kept.is_none() {
                     return Err(Failure::peer_misbehaved(format!(
-                        "list of files: {} is cut and is no listed file",
+                        "list of files: {} is cut or patched and is no listed file",
                         entry.path
                     )));
                 }
+                entry.growing = false;
                 append(entry)?;
             }
             Change::Add | Change::Replace | Change::Rename => {
@@ -370,7 +371,7 @@ pub fn merge(
 fn must_go(replaced: &Entry, entry: &Entry) -> bool {
     let directories =
         matches!((&replaced.kind, &entry.kind), (Some(Kind::Directory), Some(Kind::Directory)));
-    entry.change != Change::Truncate && !directories
+    !matches!(entry.change, Change::Truncate | Change::Patch) && !directories
 }
 
 #[cfg(test)]

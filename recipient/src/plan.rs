@@ -36,6 +36,8 @@ pub struct Part {
     pub length: u64,
     /// The entry, when the part is the whole file: its attributes can be set at once.
     pub whole: Option<Box<Entry>>,
+    /// Whether the file is there already and only parts of it are written.
+    pub patches: bool,
 }
 
 /// What one stream copies at a time.
@@ -103,6 +105,7 @@ impl Cutter {
                     size,
                     offset: 0,
                     length: size,
+                    patches: entry.change == Change::Patch,
                     whole: Some(Box::new(entry)),
                 });
             } else if unit.parts.is_empty() {
@@ -124,8 +127,15 @@ impl Cutter {
         let (entry, size, offset, segment) = self.large.take()?;
         let length = segment.min(size - offset);
         let whole = (length == size).then(|| Box::new(entry.clone()));
-        let part =
-            Part { file_id: entry.file_id, path: entry.path.clone(), size, offset, length, whole };
+        let part = Part {
+            file_id: entry.file_id,
+            path: entry.path.clone(),
+            size,
+            offset,
+            length,
+            whole,
+            patches: entry.change == Change::Patch,
+        };
         let next = offset + length;
         if next < size {
             self.large = Some((entry, size, next, segment));
@@ -140,8 +150,10 @@ impl Cutter {
         }
         for entry in self.entries.by_ref() {
             let entry = entry?;
-            if let (Change::Add | Change::Replace, Some(Kind::Regular { allocated, .. })) =
-                (entry.change, &entry.kind)
+            if let (
+                Change::Add | Change::Replace | Change::Patch,
+                Some(Kind::Regular { allocated, .. }),
+            ) = (entry.change, &entry.kind)
             {
                 let allocated = *allocated;
                 return Ok(Some((entry, allocated)));

@@ -8,12 +8,12 @@ use marcot_common::{
     connect::ClientTls,
     connection::Privilege,
     login::server::NoKeys,
-    server::{Daemon, Problem, Role, ServerOptions, default_spool_directory},
+    server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
     tls::Fingerprint,
 };
-use marcot_engine::EngineConfig;
+use marcot_engine::EngineOptions;
 use marcot_proto::recipient::v1::recipient_service_server::RecipientServiceServer;
 
 use crate::{
@@ -61,11 +61,8 @@ pub struct Settings {
     #[arg(long, value_name = "DIR", env = "MARCOT_ALLOW_DIRECTORY", value_delimiter = ':')]
     pub allow_directory: Vec<PathBuf>,
     /// How CLONE LOCAL reads the data directory.
-    #[arg(long, default_value = "files", env = "MARCOT_ENGINE")]
-    pub engine: String,
-    /// Directory for CLONE LOCAL's temporary files [default: $TMPDIR or /var/tmp].
-    #[arg(long, value_name = "DIR", env = "MARCOT_SPOOL_DIRECTORY")]
-    pub spool_directory: Option<PathBuf>,
+    #[command(flatten)]
+    pub engine: EngineOptions,
     /// CA of donors' certificates (clone_ssl_ca) [default: the system's roots].
     #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CA")]
     pub ssl_ca: Option<PathBuf>,
@@ -151,19 +148,14 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         let shown = directory.display();
         problems.push(format!("--data-directory {shown} is no absolute path"));
     }
-    if !marcot_engine::ENGINE_NAMES.contains(&settings.engine.as_str()) {
-        let known = marcot_engine::ENGINE_NAMES.join(", ");
-        problems.push(format!("--engine {}: the engines are {known}", settings.engine));
-    }
+    let engine = settings.data_directory.clone().map(|directory| settings.engine.config(directory));
+    let engine = engine.transpose().unwrap_or_else(|failure| {
+        problems.push(failure.message);
+        None
+    });
     if !problems.is_empty() {
         return Err(problems);
     }
-    let spool = settings.spool_directory.clone().unwrap_or_else(default_spool_directory);
-    let engine = settings.data_directory.clone().map(|data_directory| EngineConfig {
-        engine: settings.engine.clone(),
-        data_directory,
-        spool_directory: spool,
-    });
     Ok(settings::Settings {
         data_directory: settings.data_directory.clone(),
         allow_directories: settings.allow_directory.clone(),

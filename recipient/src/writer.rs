@@ -5,10 +5,11 @@
 //! * At most `SEGMENT_BYTES` of a unit are not yet durable.
 //! * When `finish` returns, all of the unit is durable but for what it reports as unfinished.
 
-use std::{fs::File, io::IoSlice};
+use std::{fs::File, io::IoSlice, os::unix::fs::FileExt as _};
 
 use bytes::Bytes;
 use marcot_common::failure::Failure;
+use rustix::{fs::FallocateFlags, io::Errno};
 
 use crate::{
     plan::{Part, SEGMENT_BYTES, Unit},
@@ -108,11 +109,31 @@ impl<'a> UnitWriter<'a> {
         self.advance(part, length, length)
     }
 
-    /// Passes over a hole: a fresh file reads as zero there.
+    /// Passes over a hole: a fresh file reads as zero there, an older one is made to.
     pub fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
         let part = self.check(file_id, offset, length)?;
-        self.open(part)?;
+        let staging = self.staging;
+        let file = self.open(part)?;
+        if part.patches {
+            punch_hole(file, offset, length).map_err(|e| {
+                let shown = staging.tree().join(part.path.as_path());
+                Failure::io("punch a hole in", &shown, &e)
+            })?;
+        }
         self.progress.hole_bytes.add(length);
+        self.advance(part, length, 0)
+    }
+
+    /// Passes over what an earlier round has written.
+    pub fn keep(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        if !part.patches {
+            return Err(Failure::peer_misbehaved(format!(
+                "{} is copied for the first time, its bytes at {offset} are said to be unchanged",
+                part.path
+            )));
+        }
+        self.open(part)?;
         self.advance(part, length, 0)
     }
 
@@ -236,6 +257,25 @@ impl<'a> UnitWriter<'a> {
         self.done = 0;
         self.dirty_bytes = 0;
         Ok(())
+    }
+}
+
+/// Makes a range read as zero; where the file system cannot leave it out, zeros are written.
+fn punch_hole(file: &File, offset: u64, length: u64) -> std::io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, offset, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let zeros = vec![0; 64 << 10];
+            let mut done = 0;
+            while done < length {
+                let part = usize::try_from(length - done).unwrap_or(zeros.len()).min(zeros.len());
+                file.write_all_at(&zeros[..part], offset + done)?;
+                done += part as u64;
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
     }
 }
 

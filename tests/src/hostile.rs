@@ -91,7 +91,7 @@ pub fn chunk(file_id: u64, offset: u64, content: &[u8]) -> Chunk {
         codec: Codec::None.into(),
         raw_length: u32::try_from(length).expect("a small chunk"),
         crc32c: crc32c::crc32c(content),
-        extents: vec![Extent { file_id, offset, length, hole: false }],
+        extents: vec![Extent { file_id, offset, length, hole: false, unchanged: false }],
         payload: content.to_vec().into(),
         ..Chunk::default()
     }

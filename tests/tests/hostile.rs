@@ -204,7 +204,13 @@ async fn hostile_bytes_end_in_a_typed_error_and_write_nothing() {
     let bomb = Chunk {
         codec: Codec::Zstd.into(),
         raw_length: 1 << 20,
-        extents: vec![Extent { file_id: 1, offset: 0, length: 1 << 20, hole: false }],
+        extents: vec![Extent {
+            file_id: 1,
+            offset: 0,
+            length: 1 << 20,
+            hole: false,
+            unchanged: false,
+        }],
         payload: bomb.into(),
         ..good()
     };
@@ -231,7 +237,13 @@ async fn hostile_bytes_end_in_a_typed_error_and_write_nothing() {
         (
             "endless hole",
             spoiled(|c| {
-                c.extents = vec![Extent { file_id: 1, offset: 0, length: u64::MAX, hole: true }];
+                c.extents = vec![Extent {
+                    file_id: 1,
+                    offset: 0,
+                    length: u64::MAX,
+                    hole: true,
+                    unchanged: false,
+                }];
                 c.raw_length = 0;
                 c.payload.clear();
                 c.crc32c = 0;

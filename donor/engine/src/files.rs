@@ -12,16 +12,16 @@
 //! * Nothing is read before the clock has left the tick in which it was listed (see `clock`).
 //! * No list is held whole in memory.
 
-mod attributes;
-mod clock;
-mod compare;
-mod list;
-mod lock;
-mod names;
-mod offences;
-mod reader;
-mod tree;
-mod walk;
+pub(crate) mod attributes;
+pub(crate) mod clock;
+pub(crate) mod compare;
+pub(crate) mod list;
+pub(crate) mod lock;
+pub(crate) mod names;
+pub(crate) mod offences;
+pub(crate) mod reader;
+pub(crate) mod tree;
+pub(crate) mod walk;
 
 use std::{
     collections::BTreeMap,
@@ -42,6 +42,7 @@ use self::{
     list::List,
     reader::ListedFile,
     tree::{Identity, Tree},
+    walk::TakeAll,
 };
 use crate::{Advanced, Engine, EngineConfig, EntryIterator, FileReader, Snapshot, SnapshotOptions};
 
@@ -69,7 +70,7 @@ impl FilesEngine {
     }
 }
 
-fn resolve(action: &str, path: &Path) -> Result<PathBuf, Failure> {
+pub(crate) fn resolve(action: &str, path: &Path) -> Result<PathBuf, Failure> {
     let resolved = path.canonicalize().map_err(|e| Failure::io(action, path, &e))?;
     if resolved.is_dir() {
         return Ok(resolved);
@@ -92,7 +93,9 @@ impl Engine for FilesEngine {
     fn open(&self, _options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure> {
         let tree = Tree::open(&self.data_directory)?;
         lock::refuse_running_server(&tree)?;
-        let first = compare::relist(&tree, None, &self.spool_directory, &mut |_| Ok(()))?;
+        let first =
+            compare::relist(&tree, &mut TakeAll, None, &self.spool_directory, &mut |_| Ok(()))?;
+        clock::settle(first.newest_whole_second);
         Ok(Box::new(FilesSnapshot {
             tree,
             spool_directory: self.spool_directory.clone(),
@@ -172,7 +175,10 @@ impl FilesSnapshot {
     fn relist(&self, base: &Base, progress: Progress<'_>) -> Result<Relisted, Failure> {
         self.check_same_directory()?;
         lock::refuse_running_server(&self.tree)?;
-        compare::relist(&self.tree, Some(base), &self.spool_directory, progress)
+        let spool = &self.spool_directory;
+        let relisted = compare::relist(&self.tree, &mut TakeAll, Some(base), spool, progress)?;
+        clock::settle(relisted.newest_whole_second);
+        Ok(relisted)
     }
 
     /// Another directory under the same name would go unseen: the tree is read by descriptor.

@@ -6,6 +6,12 @@
 //! Everything here blocks: callers run it on threads of their own.
 
 mod files;
+#[doc(hidden)]
+pub mod innodb;
+mod options;
+
+pub use innodb::DatabaseConfig;
+pub use options::EngineOptions;
 
 use std::{collections::BTreeMap, fmt, fs::File, path::PathBuf, sync::Arc, time::Duration};
 
@@ -83,19 +89,35 @@ pub struct Advanced {
     pub root: Option<Attributes>,
 }
 
-/// A part of a file that is all data or all hole.
+/// A part of a file whose content is all of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     /// First byte after it.
     pub end: u64,
-    /// Whether it reads as zero and is not allocated.
-    pub hole: bool,
+    /// What it holds.
+    pub content: Content,
+}
+
+/// What a part of a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes to be read.
+    Data,
+    /// It reads as zero and is not allocated.
+    Hole,
+    /// What an earlier round has given of the same file. Only entries that patch have such parts.
+    Unchanged,
 }
 
 /// Reads one listed file through a descriptor bound to what was listed.
 pub trait FileReader: fmt::Debug + Send {
     /// Size that may be read: the listed one, or the present one of a growing file.
     fn size(&self) -> u64;
+
+    /// Bytes that are read together or not at all: ranges and calls begin and end at multiples.
+    fn unit(&self) -> u64 {
+        1
+    }
 
     /// The span that begins at `offset`, cut at `end`; `offset < end <= size()`.
     fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure>;
@@ -114,21 +136,26 @@ pub trait FileReader: fmt::Debug + Send {
 /// How an engine is chosen and configured.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
-    /// Engine name: `files`.
+    /// Engine name: one of `ENGINE_NAMES`.
     pub engine: String,
     /// The data directory.
     pub data_directory: PathBuf,
     /// Where lists and other temporary files go; they have no names and vanish with the process.
     pub spool_directory: PathBuf,
+    /// Most bytes of redo that are kept for one clone, and most that are read under a lock.
+    pub spool_quota: u64,
+    /// The database server, for engines that talk to one.
+    pub database: DatabaseConfig,
 }
 
 /// Names of all engines, as `--engine` takes them.
-pub const ENGINE_NAMES: &[&str] = &["files"];
+pub const ENGINE_NAMES: &[&str] = &["files", "innodb"];
 
 /// Opens the engine that `config` names.
 pub fn open_engine(config: &EngineConfig) -> Result<Arc<dyn Engine>, Failure> {
     match config.engine.as_str() {
         "files" => Ok(Arc::new(files::FilesEngine::open(config)?)),
+        "innodb" => Ok(Arc::new(innodb::InnodbEngine::open(config)?)),
         other => Err(Failure::invalid(
             "UNKNOWN_ENGINE",
             format!(

@@ -382,7 +382,10 @@ pub fn check_chunk(
             header.extents.len()
         )));
     }
-    let mut data = header.extents.iter().filter(|e| !e.hole);
+    if header.extents.iter().any(|e| e.hole && e.unchanged) {
+        return Err(bad("an extent is both a hole and unchanged".to_owned()));
+    }
+    let mut data = header.extents.iter().filter(|e| !e.hole && !e.unchanged);
     let named = data.try_fold(0u64, |sum, extent| sum.checked_add(extent.length));
     if named != Some(raw_length) {
         return Err(bad(format!("chunk of {raw_length} bytes names {named:?} bytes of data")));

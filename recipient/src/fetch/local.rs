@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc};
 
 use bytes::Bytes;
 use marcot_common::failure::Failure;
-use marcot_engine::{FileReader, Snapshot};
+use marcot_engine::{Content, FileReader, Snapshot};
 use rustix::io::Errno;
 
 use super::{FetchContext, stopped};
@@ -77,12 +77,16 @@ fn copy_part(
             return Err(stopped());
         }
         let span = reader.span(offset, end)?;
-        if span.hole {
+        if span.content != Content::Data {
             // Checked before the last byte is counted: after it the file is closed.
             if span.end == end {
                 reader.check_unchanged()?;
             }
-            writer.skip_hole(part.file_id.0, offset, span.end - offset)?;
+            let length = span.end - offset;
+            match span.content {
+                Content::Hole => writer.skip_hole(part.file_id.0, offset, length)?,
+                _ => writer.keep(part.file_id.0, offset, length)?,
+            }
             offset = span.end;
             continue;
         }

@@ -132,6 +132,8 @@ fn write_chunk(mut chunk: CheckedChunk, writer: &mut UnitWriter<'_>) -> Result<u
     for extent in &chunk.extents {
         if extent.hole {
             writer.skip_hole(extent.file_id, extent.offset, extent.length)?;
+        } else if extent.unchanged {
+            writer.keep(extent.file_id, extent.offset, extent.length)?;
         } else {
             let pieces = take_pieces(&mut chunk.pieces, extent.length);
             writer.write(extent.file_id, extent.offset, extent.length, &pieces)?;

@@ -10,7 +10,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Why attributes cannot be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     /// Over what an entry may carry.
     #[error("extended attributes take more than 64 KiB")]
     TooLarge,
@@ -20,22 +20,22 @@ pub(super) enum Error {
 }
 
 /// Attributes by ascending name.
-pub(super) type Extended = Vec<(Box<[u8]>, Box<[u8]>)>;
+pub(crate) type Extended = Vec<(Box<[u8]>, Box<[u8]>)>;
 
 /// Reads attributes; one for a whole walk.
 #[derive(Debug)]
-pub(super) struct AttributeReader {
+pub(crate) struct AttributeReader {
     names: Vec<u8>,
     value: Vec<u8>,
 }
 
 impl AttributeReader {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { names: vec![0; BUFFER_BYTES], value: vec![0; BUFFER_BYTES] }
     }
 
     /// Reads those that travel.
-    pub(super) fn read(&mut self, fd: BorrowedFd<'_>) -> Result<Extended, Error> {
+    pub(crate) fn read(&mut self, fd: BorrowedFd<'_>) -> Result<Extended, Error> {
         let length = match rustix::fs::flistxattr(fd, &mut self.names[..]) {
             Ok(length) => length,
             // The file system has none.

@@ -18,7 +18,7 @@ const WAIT_MAX: Duration = Duration::from_millis(20);
 ///
 /// `newest_whole_second` is the newest ctime without a fraction: a sign of a file system whose
 /// times are whole seconds (ext4 with small inodes), where the tick is a second.
-pub(super) fn settle(newest_whole_second: i64) {
+pub(crate) fn settle(newest_whole_second: i64) {
     let begun = now();
     let tick = clock_getres(ClockId::RealtimeCoarse);
     let mut wait = (2 * nanoseconds(tick)).min(WAIT_MAX.as_nanos());

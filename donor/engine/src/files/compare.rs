@@ -25,10 +25,9 @@ use marcot_common::{
 use tonic::Code;
 
 use super::{
-    clock,
     list::{List, ListWriter, Record, RecordReader, RecordWriter, Records},
     tree::{Identity, Tree},
-    walk::{Found, Walker},
+    walk::{Found, Judge, Walker},
 };
 
 /// Most files with several names: their table takes at most 64 MiB.
@@ -38,40 +37,50 @@ const LINKED_FILES_MAX: usize = 1 << 20;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Called with the number of entries looked at; an error stops the work.
-pub(super) type Progress<'a> = &'a mut dyn FnMut(u64) -> Result<(), Failure>;
+pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64) -> Result<(), Failure>;
 
 /// The tree as it was at one time.
-#[derive(Debug)]
-pub(super) struct Base {
+#[derive(Debug, Clone)]
+pub(crate) struct Base {
     /// Every entry.
-    pub(super) records: Records,
+    pub(crate) records: Records,
     /// Entries left out, by reason.
-    pub(super) left_out: BTreeMap<String, u64>,
+    pub(crate) left_out: BTreeMap<String, u64>,
     /// No id from here on was ever given out.
     next_id: u64,
 }
 
+impl Base {
+    /// The smallest id that was never given out.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id
+    }
+}
+
 /// A tree listed anew.
 #[derive(Debug)]
-pub(super) struct Relisted {
+pub(crate) struct Relisted {
     /// What has changed.
-    pub(super) list: List,
+    pub(crate) list: List,
     /// The whole tree.
-    pub(super) base: Base,
+    pub(crate) base: Base,
     /// The first change in path order.
-    pub(super) first_change: Option<RelativePath>,
+    pub(crate) first_change: Option<RelativePath>,
+    /// Newest ctime without a fraction of a second, for `clock::settle`.
+    pub(crate) newest_whole_second: i64,
 }
 
 /// Lists all of `tree`, as changes since `base`; all of it when there was none.
 ///
-/// When it returns, the clock has left the tick in which the last entry was looked at.
-pub(super) fn relist(
+/// Nothing listed may be read before `clock::settle` has returned.
+pub(crate) fn relist(
     tree: &Tree,
+    judge: &mut dyn Judge,
     base: Option<&Base>,
     spool: &Path,
     progress: Progress<'_>,
 ) -> Result<Relisted, Failure> {
-    let mut walker = Walker::new(tree)?;
+    let mut walker = Walker::new(tree, judge)?;
     let mut merge = Merge {
         earlier: match base {
             Some(base) => Some(base.records.read_from(0)?.peekable()),
@@ -104,11 +113,11 @@ pub(super) fn relist(
         Some(full) => full.finish()?,
         None => list.records.clone(),
     };
-    clock::settle(end.newest_whole_second);
     Ok(Relisted {
         list,
         base: Base { records, left_out: end.left_out, next_id: merge.next_id },
         first_change: merge.first_change,
+        newest_whole_second: end.newest_whole_second,
     })
 }
 
@@ -262,7 +271,12 @@ fn is_unchanged(earlier: &Record, now: &Record) -> bool {
         (Some(Kind::Regular { .. }), Some(Kind::Regular { .. })) => true,
         (earlier, now) => earlier == now,
     };
-    is_same_kind
-        && earlier.identity.is_same_state(&now.identity)
-        && earlier.entry.attributes == now.entry.attributes
+    let is_same_inside = if now.identity.live == 0 {
+        earlier.entry.attributes == now.entry.attributes
+    } else {
+        // Its time goes with each write.
+        let modify_time = now.entry.attributes.modify_time;
+        Attributes { modify_time, ..earlier.entry.attributes.clone() } == now.entry.attributes
+    };
+    is_same_kind && earlier.identity.is_same_state(&now.identity) && is_same_inside
 }

@@ -19,16 +19,16 @@ use super::tree::Identity;
 
 /// An entry, and its source as it was listed; all zero for an entry that removes.
 #[derive(Debug, Clone)]
-pub(super) struct Record {
-    pub(super) entry: Entry,
-    pub(super) identity: Identity,
+pub(crate) struct Record {
+    pub(crate) entry: Entry,
+    pub(crate) identity: Identity,
 }
 
 impl Record {
     fn encode(&self, buffer: &mut Vec<u8>) {
         let id = &self.identity;
         buffer.clear();
-        for word in [id.device, id.inode, id.size, id.links] {
+        for word in [id.device, id.inode, id.size, id.links, id.live] {
             buffer.extend_from_slice(&word.to_le_bytes());
         }
         for (seconds, nanoseconds) in [id.modify_time, id.change_time] {
@@ -53,6 +53,7 @@ fn decode_identity(rest: &mut &[u8]) -> Option<Identity> {
         inode: u64::from_le_bytes(take(rest)?),
         size: u64::from_le_bytes(take(rest)?),
         links: u64::from_le_bytes(take(rest)?),
+        live: u64::from_le_bytes(take(rest)?),
         modify_time: (i64::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?)),
         change_time: (i64::from_le_bytes(take(rest)?), u32::from_le_bytes(take(rest)?)),
     })
@@ -66,18 +67,18 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 
 /// A finished list.
 #[derive(Debug, Clone)]
-pub(super) struct Records {
+pub(crate) struct Records {
     spool: Spool,
-    pub(super) totals: Totals,
+    pub(crate) totals: Totals,
 }
 
 impl Records {
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.spool.len()
     }
 
     /// Records from `number` on.
-    pub(super) fn read_from(&self, number: u64) -> Result<RecordReader, Failure> {
+    pub(crate) fn read_from(&self, number: u64) -> Result<RecordReader, Failure> {
         let reader = self.spool.read_from(number).map_err(|e| spool_failure(&e))?;
         Ok(RecordReader { reader })
     }
@@ -85,7 +86,7 @@ impl Records {
 
 /// Reads records in order.
 #[derive(Debug)]
-pub(super) struct RecordReader {
+pub(crate) struct RecordReader {
     reader: SpoolReader,
 }
 
@@ -100,21 +101,21 @@ impl Iterator for RecordReader {
 
 /// Writes records; numbers them from 0 and counts them.
 #[derive(Debug)]
-pub(super) struct RecordWriter {
+pub(crate) struct RecordWriter {
     spool: SpoolWriter,
     buffer: Vec<u8>,
     totals: Totals,
 }
 
 impl RecordWriter {
-    pub(super) fn create(directory: &Path) -> Result<Self, Failure> {
+    pub(crate) fn create(directory: &Path) -> Result<Self, Failure> {
         let spool = SpoolWriter::create(directory)
             .map_err(|e| Failure::io("create a list in", directory, &e))?;
         Ok(Self { spool, buffer: Vec::new(), totals: Totals::default() })
     }
 
     /// Appends, giving the entry its number.
-    pub(super) fn append(&mut self, record: &mut Record) -> Result<(), Failure> {
+    pub(crate) fn append(&mut self, record: &mut Record) -> Result<(), Failure> {
         record.entry.number = self.totals.entries;
         record.encode(&mut self.buffer);
         self.spool.append(&self.buffer).map_err(|e| spool_failure(&e))?;
@@ -122,7 +123,7 @@ impl RecordWriter {
         Ok(())
     }
 
-    pub(super) fn finish(self) -> Result<Records, Failure> {
+    pub(crate) fn finish(self) -> Result<Records, Failure> {
         Ok(Records {
             spool: self.spool.finish().map_err(|e| spool_failure(&e))?,
             totals: self.totals,
@@ -132,15 +133,15 @@ impl RecordWriter {
 
 /// The list of one round, in which a file is found by its id.
 #[derive(Debug)]
-pub(super) struct List {
-    pub(super) records: Records,
+pub(crate) struct List {
+    pub(crate) records: Records,
     // At 8 times the id: number + 1 of its entry; 0, as in the holes of the file, for none.
     numbers: File,
 }
 
 impl List {
     /// The record of a file that this list holds.
-    pub(super) fn find(&self, file: FileId) -> Result<Option<Record>, Failure> {
+    pub(crate) fn find(&self, file: FileId) -> Result<Option<Record>, Failure> {
         let Some(offset) = file.0.checked_mul(8).filter(|&n| i64::try_from(n).is_ok()) else {
             return Ok(None);
         };
@@ -160,13 +161,13 @@ impl List {
 
 /// Writes the list of one round.
 #[derive(Debug)]
-pub(super) struct ListWriter {
+pub(crate) struct ListWriter {
     records: RecordWriter,
     numbers: NumberWriter,
 }
 
 impl ListWriter {
-    pub(super) fn create(directory: &Path) -> Result<Self, Failure> {
+    pub(crate) fn create(directory: &Path) -> Result<Self, Failure> {
         let file = tempfile::tempfile_in(directory)
             .map_err(|e| Failure::io("create a list in", directory, &e))?;
         Ok(Self {
@@ -175,14 +176,14 @@ impl ListWriter {
         })
     }
 
-    pub(super) fn append(&mut self, record: &mut Record) -> Result<(), Failure> {
+    pub(crate) fn append(&mut self, record: &mut Record) -> Result<(), Failure> {
         self.records.append(record)?;
         self.numbers
             .put(record.entry.file_id, record.entry.number + 1)
             .map_err(|e| spool_failure(&e))
     }
 
-    pub(super) fn finish(self) -> Result<List, Failure> {
+    pub(crate) fn finish(self) -> Result<List, Failure> {
         let numbers = self.numbers.file.into_inner();
         Ok(List {
             records: self.records.finish()?,

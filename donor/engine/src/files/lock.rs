@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Fails if another process holds a lock on a file that servers lock.
-pub(super) fn refuse_running_server(tree: &Tree) -> Result<(), Failure> {
+pub(crate) fn refuse_running_server(tree: &Tree) -> Result<(), Failure> {
     let io = |error| failure("look for file locks in", tree.path(), error);
     let top = rustix::fs::openat(tree.root(), c".", LOOK_DIRECTORY, Mode::empty()).map_err(io)?;
     let names = Names::read(top.as_fd(), NAMES_BYTES_MAX).map_err(|error| match error {
@@ -93,7 +93,7 @@ mod fcntl_lock {
 
     /// The process whose lock on any byte of `fd` stands against a write lock; 0 or less when it
     /// has no number here.
-    pub(super) fn holder(fd: RawFd) -> rustix::io::Result<Option<i32>> {
+    pub(crate) fn holder(fd: RawFd) -> rustix::io::Result<Option<i32>> {
         match query(fd, libc::F_OFD_GETLK) {
             // Sandboxes such as gVisor do not know it.
             Err(Errno::INVAL) => query(fd, libc::F_GETLK),

@@ -5,13 +5,13 @@ use std::{mem::MaybeUninit, os::fd::BorrowedFd};
 use rustix::{fs::RawDir, io::Errno};
 
 /// Most bytes that names may take at one time. A directory of a million tables takes 30 MiB.
-pub(super) const NAMES_BYTES_MAX: usize = 64 << 20;
+pub(crate) const NAMES_BYTES_MAX: usize = 64 << 20;
 
 const READ_BYTES: usize = 32 << 10;
 
 /// Why names cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     /// Over the bound.
     #[error("names take more than the allowed memory")]
     TooMany,
@@ -22,7 +22,7 @@ pub(super) enum Error {
 
 /// Names in ascending order of their bytes.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(crate) struct Names {
     // Each name: its length in one byte, then its bytes.
     arena: Vec<u8>,
     offsets: Vec<u32>,
@@ -30,7 +30,7 @@ pub(super) struct Names {
 
 impl Names {
     /// Reads and sorts the names in `directory`, which must not have been read from before.
-    pub(super) fn read(directory: BorrowedFd<'_>, bytes_max: usize) -> Result<Self, Error> {
+    pub(crate) fn read(directory: BorrowedFd<'_>, bytes_max: usize) -> Result<Self, Error> {
         let mut names = Self::default();
         let mut buffer = vec![MaybeUninit::uninit(); READ_BYTES];
         let mut entries = RawDir::new(directory, &mut buffer);
@@ -59,15 +59,15 @@ impl Names {
     }
 
     /// Bytes held.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.arena.len() + self.offsets.len() * size_of::<u32>()
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.offsets.len()
     }
 
-    pub(super) fn get(&self, index: usize) -> &[u8] {
+    pub(crate) fn get(&self, index: usize) -> &[u8] {
         name_at(&self.arena, self.offsets[index])
     }
 }

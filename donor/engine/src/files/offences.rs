@@ -14,7 +14,7 @@ const SUBJECT_BYTES_MAX: usize = 256;
 
 /// Why an entry is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Offence {
+pub(crate) enum Offence {
     Fifo,
     Device,
     UnknownType,
@@ -54,24 +54,24 @@ impl Offence {
 
 /// The offenders of one walk.
 #[derive(Debug, Default)]
-pub(super) struct Offences {
+pub(crate) struct Offences {
     found: Vec<(Offence, String)>,
 }
 
 impl Offences {
     /// Notes one.
-    pub(super) fn add(&mut self, offence: Offence, path: &[u8]) {
+    pub(crate) fn add(&mut self, offence: Offence, path: &[u8]) {
         let shown = path[..path.len().min(SUBJECT_BYTES_MAX)].escape_ascii();
         self.found.push((offence, shown.to_string()));
     }
 
     /// Whether no more are wanted.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.found.len() >= OFFENCES_MAX
     }
 
     /// All of them as one failure.
-    pub(super) fn into_failure(self) -> Option<Failure> {
+    pub(crate) fn into_failure(self) -> Option<Failure> {
         let (first, path) = self.found.first()?;
         let count = self.found.len();
         let mut message = format!("`{path}` {}", first.text());

@@ -10,11 +10,11 @@ use rustix::{
 use tonic::Code;
 
 use super::tree::{Identity, Tree, changed, failure};
-use crate::{FileReader, Span};
+use crate::{Content, FileReader, Span};
 
 /// A listed file, bound to what was listed by its descriptor.
 #[derive(Debug)]
-pub(super) struct ListedFile {
+pub(crate) struct ListedFile {
     file: File,
     path: RelativePath,
     shown: PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct ListedFile {
 
 impl ListedFile {
     /// Opens `path`, if it is still what was listed.
-    pub(super) fn open(
+    pub(crate) fn open(
         tree: &Tree,
         path: &RelativePath,
         listed: &Identity,
@@ -54,7 +54,7 @@ impl ListedFile {
             Err(error) => return Err(error),
         };
         if data > offset {
-            return Ok(Span { end: data.min(size), hole: true });
+            return Ok(Span { end: data.min(size), content: Content::Hole });
         }
         // The end of the file counts as a hole, so there is one always; a file that was cut
         // meanwhile has none, and reading tells of it.
@@ -64,7 +64,7 @@ impl ListedFile {
             Err(error) => return Err(error),
         };
         let end = if hole > offset { hole.min(size) } else { size };
-        Ok(Span { end, hole: false })
+        Ok(Span { end, content: Content::Data })
     }
 
     fn read_failure(&self, offset: u64, error: &io::Error) -> Failure {
@@ -93,7 +93,7 @@ impl FileReader for ListedFile {
         let known = self.span.filter(|(start, span)| (*start..span.end).contains(&offset));
         let span = match known {
             Some((_, span)) => span,
-            None if !self.finds_holes => Span { end, hole: false },
+            None if !self.finds_holes => Span { end, content: Content::Data },
             None => match self.find_span(offset) {
                 Ok(span) => {
                     self.span = Some((offset, span));
@@ -101,7 +101,7 @@ impl FileReader for ListedFile {
                 }
                 Err(Errno::INVAL | Errno::NOTSUP | Errno::NOSYS) => {
                     self.finds_holes = false;
-                    Span { end, hole: false }
+                    Span { end, content: Content::Data }
                 }
                 Err(error) => return Err(self.read_failure(offset, &error.into())),
             },
@@ -172,7 +172,7 @@ mod tests {
             span: None,
             finds_holes: true,
         };
-        let data = Span { end: 4000, hole: false };
+        let data = Span { end: 4000, content: Content::Data };
         assert_eq!(reader.span(10, 4000).unwrap(), data);
         assert!(!reader.finds_holes);
     }

@@ -14,15 +14,15 @@ use rustix::{
 use tonic::Code;
 
 /// Descriptors for looking: never follow a link, never wait for a fifo's writer.
-pub(super) const LOOK: OFlags =
+pub(crate) const LOOK: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// As `LOOK`, for directories.
-pub(super) const LOOK_DIRECTORY: OFlags = LOOK.union(OFlags::DIRECTORY);
+pub(crate) const LOOK_DIRECTORY: OFlags = LOOK.union(OFlags::DIRECTORY);
 
 /// An open data directory.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub(crate) struct Tree {
     root: OwnedFd,
     path: PathBuf,
     identity: Identity,
@@ -30,7 +30,7 @@ pub(super) struct Tree {
 
 impl Tree {
     /// Opens the directory at `path`.
-    pub(super) fn open(path: &Path) -> Result<Self, Failure> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Failure> {
         let open = || -> rustix::io::Result<_> {
             let root = rustix::fs::open(path, LOOK_DIRECTORY, Mode::empty())?;
             let identity = Identity::of(&rustix::fs::fstat(&root)?);
@@ -40,26 +40,26 @@ impl Tree {
         Ok(Self { root, path: path.to_owned(), identity })
     }
 
-    pub(super) fn root(&self) -> BorrowedFd<'_> {
+    pub(crate) fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The root's own device and inode, and times of when it was opened.
-    pub(super) fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> Identity {
         self.identity
     }
 
     /// The whole path, for messages only.
-    pub(super) fn shown(&self, path: Option<&RelativePath>) -> PathBuf {
+    pub(crate) fn shown(&self, path: Option<&RelativePath>) -> PathBuf {
         path.map_or_else(|| self.path.clone(), |p| self.path.join(p.as_path()))
     }
 
     /// Opens what is at `path`, component by component and through no link on the way.
-    pub(super) fn open_at(
+    pub(crate) fn open_at(
         &self,
         path: &RelativePath,
         flags: OFlags,
@@ -78,7 +78,7 @@ impl Tree {
     }
 
     /// Opens a listed regular file, if it is still the very one that was listed.
-    pub(super) fn open_listed(
+    pub(crate) fn open_listed(
         &self,
         path: &RelativePath,
         listed: &Identity,
@@ -102,21 +102,31 @@ impl Tree {
 ///
 /// Nobody can set ctime: it tells of a change even when size and mtime were put back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) device: u64,
-    pub(super) inode: u64,
-    pub(super) size: u64,
-    pub(super) links: u64,
-    pub(super) modify_time: (i64, u32),
-    pub(super) change_time: (i64, u32),
+pub(crate) struct Identity {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) size: u64,
+    pub(crate) links: u64,
+    pub(crate) modify_time: (i64, u32),
+    pub(crate) change_time: (i64, u32),
+    /// Not 0: a server writes the file while it is copied, and this number tells what it is. Size
+    /// and times are 0 then.
+    pub(crate) live: u64,
 }
 
 impl Identity {
     /// Of nothing.
-    pub(super) const NONE: Self =
-        Self { device: 0, inode: 0, size: 0, links: 0, modify_time: (0, 0), change_time: (0, 0) };
+    pub(crate) const NONE: Self = Self {
+        device: 0,
+        inode: 0,
+        size: 0,
+        links: 0,
+        modify_time: (0, 0),
+        change_time: (0, 0),
+        live: 0,
+    };
 
-    pub(super) fn of(stat: &Stat) -> Self {
+    pub(crate) fn of(stat: &Stat) -> Self {
         Self {
             device: stat.st_dev,
             inode: stat.st_ino,
@@ -124,16 +134,22 @@ impl Identity {
             links: wide(stat.st_nlink),
             modify_time: (stat.st_mtime, nanos(stat.st_mtime_nsec)),
             change_time: (stat.st_ctime, nanos(stat.st_ctime_nsec)),
+            live: 0,
         }
     }
 
+    /// Of a file that is written while it is copied: what changes with each write is left out.
+    pub(crate) fn live(self, what: u64) -> Self {
+        Self { size: 0, modify_time: (0, 0), change_time: (0, 0), live: what, ..self }
+    }
+
     /// Whether both are the same inode.
-    pub(super) fn is_same_inode(&self, other: &Self) -> bool {
+    pub(crate) fn is_same_inode(&self, other: &Self) -> bool {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
     /// Whether nothing has changed between the two.
-    pub(super) fn is_same_state(&self, other: &Self) -> bool {
+    pub(crate) fn is_same_state(&self, other: &Self) -> bool {
         self == other
     }
 }
@@ -148,12 +164,12 @@ fn nanos(n: impl TryInto<u32>) -> u32 {
 }
 
 /// A failed system call on a path.
-pub(super) fn failure(action: &str, path: &Path, error: Errno) -> Failure {
+pub(crate) fn failure(action: &str, path: &Path, error: Errno) -> Failure {
     Failure::io(action, path, &error.into())
 }
 
 /// The listed file is not there any more.
-pub(super) fn vanished(path: &RelativePath) -> Failure {
+pub(crate) fn vanished(path: &RelativePath) -> Failure {
     Failure::new(
         Code::NotFound,
         "FILE_VANISHED",
@@ -163,7 +179,7 @@ pub(super) fn vanished(path: &RelativePath) -> Failure {
 }
 
 /// The listed file is another one now, or has other content.
-pub(super) fn changed(path: &RelativePath) -> Failure {
+pub(crate) fn changed(path: &RelativePath) -> Failure {
     Failure::new(
         Code::Aborted,
         "FILE_CHANGED",

@@ -13,7 +13,8 @@
 
 use std::{
     collections::BTreeMap,
-    os::fd::{AsFd as _, OwnedFd},
+    fs::File,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -45,27 +46,51 @@ const OWN_PREFIX: &[u8] = b".marcot-";
 
 /// Something that belongs in a list.
 #[derive(Debug)]
-pub(super) struct Found {
-    pub(super) path: RelativePath,
-    pub(super) identity: Identity,
+pub(crate) struct Found {
+    pub(crate) path: RelativePath,
+    pub(crate) identity: Identity,
     /// Never a hard link: which name of a file comes first is for the list to say.
-    pub(super) kind: Kind,
-    pub(super) attributes: Attributes,
+    pub(crate) kind: Kind,
+    pub(crate) attributes: Attributes,
 }
 
 /// What a whole walk has to say.
 #[derive(Debug)]
-pub(super) struct WalkEnd {
+pub(crate) struct WalkEnd {
     /// Entries left out, by reason.
-    pub(super) left_out: BTreeMap<String, u64>,
+    pub(crate) left_out: BTreeMap<String, u64>,
     /// Newest ctime without a fraction of a second.
-    pub(super) newest_whole_second: i64,
+    pub(crate) newest_whole_second: i64,
+}
+
+/// What an engine makes of what is found.
+pub(crate) trait Judge {
+    /// Whether an entry stays out of lists, and for which reason; an empty one is not counted. A
+    /// directory goes with all below.
+    fn leaves_out(&mut self, path: &RelativePath, is_directory: bool) -> Option<&'static str>;
+
+    /// Looks into a regular file, and may change what is listed of it. `None` leaves it out: it is
+    /// not what it seemed to be, and the next walk tells.
+    fn look(&mut self, found: Found, file: BorrowedFd<'_>) -> Result<Option<Found>, Failure>;
+}
+
+/// Takes what is there as it is.
+pub(crate) struct TakeAll;
+
+impl Judge for TakeAll {
+    fn leaves_out(&mut self, _: &RelativePath, _: bool) -> Option<&'static str> {
+        None
+    }
+
+    fn look(&mut self, found: Found, _: BorrowedFd<'_>) -> Result<Option<Found>, Failure> {
+        Ok(Some(found))
+    }
 }
 
 /// A walk under way.
-#[derive(Debug)]
-pub(super) struct Walker<'a> {
+pub(crate) struct Walker<'a> {
     tree: &'a Tree,
+    judge: &'a mut dyn Judge,
     stack: Vec<Frame>,
     attributes: AttributeReader,
     names_bytes: usize,
@@ -88,13 +113,18 @@ struct Frame {
 
 impl<'a> Walker<'a> {
     /// Begins at the root.
-    pub(super) fn new(tree: &'a Tree) -> Result<Self, Failure> {
-        Self::with_names_bytes_max(tree, NAMES_BYTES_MAX)
+    pub(crate) fn new(tree: &'a Tree, judge: &'a mut dyn Judge) -> Result<Self, Failure> {
+        Self::with_names_bytes_max(tree, judge, NAMES_BYTES_MAX)
     }
 
-    fn with_names_bytes_max(tree: &'a Tree, names_bytes_max: usize) -> Result<Self, Failure> {
+    fn with_names_bytes_max(
+        tree: &'a Tree,
+        judge: &'a mut dyn Judge,
+        names_bytes_max: usize,
+    ) -> Result<Self, Failure> {
         let mut walker = Self {
             tree,
+            judge,
             stack: Vec::new(),
             attributes: AttributeReader::new(),
             names_bytes: 0,
@@ -110,7 +140,7 @@ impl<'a> Walker<'a> {
     }
 
     /// The next entry in order; `None` at the end, or when enough is found that cannot be cloned.
-    pub(super) fn next(&mut self) -> Result<Option<Found>, Failure> {
+    pub(crate) fn next(&mut self) -> Result<Option<Found>, Failure> {
         while !self.offences.is_full() {
             let Some(frame) = self.stack.last_mut() else {
                 break;
@@ -137,7 +167,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Ends the walk: what was found that cannot be cloned is one failure.
-    pub(super) fn finish(self) -> Result<WalkEnd, Failure> {
+    pub(crate) fn finish(self) -> Result<WalkEnd, Failure> {
         match self.offences.into_failure() {
             Some(failure) => Err(failure),
             None => Ok(WalkEnd {
@@ -226,6 +256,8 @@ impl<'a> Walker<'a> {
         let is_directory = kind == FileType::Directory;
         if is_directory && name.starts_with(OWN_PREFIX) {
             self.leave_out("marcot");
+        } else if let Some(reason) = self.judge.leaves_out(&path, is_directory) {
+            self.leave_out(reason);
         } else if !is_directory && name.ends_with(b".isl") {
             self.offences.add(Offence::IslFile, path.as_bytes());
         } else {
@@ -277,16 +309,14 @@ impl<'a> Walker<'a> {
             }
         };
         let identity = Identity::of(&stat);
-        let kind = if is_directory {
+        let attributes = attributes_of(&stat, extended);
+        if is_directory {
             self.push(Some(path.clone()), fd, identity)?;
-            Kind::Directory
-        } else {
-            Kind::Regular {
-                size: identity.size,
-                allocated: u64::try_from(stat.st_blocks).unwrap_or(0) * 512,
-            }
-        };
-        Ok(Some(Found { path, identity, kind, attributes: attributes_of(&stat, extended) }))
+            return Ok(Some(Found { path, identity, kind: Kind::Directory, attributes }));
+        }
+        let allocated = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        let kind = Kind::Regular { size: identity.size, allocated };
+        self.judge.look(Found { path, identity, kind, attributes }, fd.as_fd())
     }
 
     fn read_link(&mut self, path: RelativePath, stat: &Stat) -> Result<Option<Found>, Failure> {
@@ -320,7 +350,9 @@ impl<'a> Walker<'a> {
     }
 
     fn leave_out(&mut self, reason: &str) {
-        *self.left_out.entry(reason.to_owned()).or_default() += 1;
+        if !reason.is_empty() {
+            *self.left_out.entry(reason.to_owned()).or_default() += 1;
+        }
     }
 
     fn failed(&self, action: &str, path: &RelativePath, error: Errno) -> Failure {
@@ -329,7 +361,7 @@ impl<'a> Walker<'a> {
 }
 
 /// Attributes of the data directory itself.
-pub(super) fn root_attributes(tree: &Tree) -> Result<Attributes, Failure> {
+pub(crate) fn root_attributes(tree: &Tree) -> Result<Attributes, Failure> {
     let failed = |e| failure("look at data directory", tree.path(), e);
     let stat = rustix::fs::fstat(tree.root()).map_err(failed)?;
     let extended = AttributeReader::new().read(tree.root()).map_err(|e| match e {
@@ -337,6 +369,18 @@ pub(super) fn root_attributes(tree: &Tree) -> Result<Attributes, Failure> {
         attributes::Error::TooLarge => {
             let shown = tree.path().display();
             Failure::precondition("UNSUPPORTED_FILE", format!("{shown}: {e}"))
+        }
+    })?;
+    Ok(attributes_of(&stat, extended))
+}
+
+/// Attributes of an open file.
+pub(crate) fn attributes_of_file(file: &File, shown: &Path) -> Result<Attributes, Failure> {
+    let stat = rustix::fs::fstat(file).map_err(|e| failure("read attributes of", shown, e))?;
+    let extended = AttributeReader::new().read(file.as_fd()).map_err(|e| match e {
+        attributes::Error::System(e) => failure("read extended attributes of", shown, e),
+        attributes::Error::TooLarge => {
+            Failure::precondition("UNSUPPORTED_FILE", format!("{}: {e}", shown.display()))
         }
     })?;
     Ok(attributes_of(&stat, extended))
@@ -354,7 +398,7 @@ fn attributes_of(stat: &Stat, extended: Extended) -> Attributes {
 }
 
 /// A directory whose names would take more memory than a walk may.
-pub(super) fn directory_too_large(path: &Path) -> Failure {
+pub(crate) fn directory_too_large(path: &Path) -> Failure {
     Failure::new(
         Code::FailedPrecondition,
         "DIRECTORY_TOO_LARGE",
@@ -372,7 +416,8 @@ mod tests {
     use super::*;
 
     fn walk(tree: &Tree, names_bytes_max: usize) -> Result<Vec<RelativePath>, Failure> {
-        let mut walker = Walker::with_names_bytes_max(tree, names_bytes_max)?;
+        let mut judge = TakeAll;
+        let mut walker = Walker::with_names_bytes_max(tree, &mut judge, names_bytes_max)?;
         let mut paths = Vec::new();
         while let Some(found) = walker.next()? {
             paths.push(found.path);

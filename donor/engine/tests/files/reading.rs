@@ -7,7 +7,7 @@ use std::{
 };
 
 use marcot_common::entry::FileId;
-use marcot_engine::Span;
+use marcot_engine::{Content, Span};
 
 use crate::support::{Fixture, at, id_of, put_mtime_back, read, rename};
 
@@ -113,16 +113,16 @@ fn holes_are_found_in_front_between_and_at_the_end() {
     let mut offset = 0;
     while offset < 10 * MIB {
         let span = reader.span(offset, 10 * MIB).unwrap();
-        spans.push((offset / MIB, span.end / MIB, span.hole));
+        spans.push((offset / MIB, span.end / MIB, span.content == Content::Hole));
         offset = span.end;
     }
     let expected = [(0, 2, true), (2, 3, false), (3, 5, true), (5, 6, false), (6, 10, true)];
     assert_eq!(spans, expected);
-    let cut = Span { end: 2 * MIB + 10, hole: false };
+    let cut = Span { end: 2 * MIB + 10, content: Content::Data };
     assert_eq!(reader.span(2 * MIB, 2 * MIB + 10).unwrap(), cut);
     let id = id_of(&*snapshot, 1, "dense");
     let mut reader = snapshot.open_file(at(1), id).unwrap();
-    let all = Span { end: MIB, hole: false };
+    let all = Span { end: MIB, content: Content::Data };
     assert_eq!(reader.span(0, MIB).unwrap(), all, "the end of the file is no hole to give");
     assert_eq!(read(&*snapshot, 1, id).unwrap(), vec![3; 1 << 20]);
 }

@@ -88,6 +88,8 @@ fn extended_attributes_over_64_kib_together_are_refused_by_name() {
         engine: "files".to_owned(),
         data_directory: directory.path().to_owned(),
         spool_directory: std::env::temp_dir(),
+        spool_quota: 1 << 30,
+        database: marcot_engine::DatabaseConfig::default(),
     };
     let engine = open_engine(&config).unwrap();
     let failure = engine.open(&Default::default()).unwrap_err();
@@ -291,6 +293,8 @@ fn an_unknown_engine_and_a_bad_directory_are_typed_errors() {
         engine: "oracle".to_owned(),
         data_directory: fixture.data(),
         spool_directory: fixture.spool(),
+        spool_quota: 1 << 30,
+        database: marcot_engine::DatabaseConfig::default(),
     };
     let failure = open_engine(&config).unwrap_err();
     assert_eq!(failure.reason, "UNKNOWN_ENGINE");

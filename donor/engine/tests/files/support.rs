@@ -13,7 +13,7 @@ use marcot_common::{
     failure::Failure,
     position::{Position, Stage},
 };
-use marcot_engine::{Advanced, Engine, EngineConfig, Snapshot, open_engine};
+use marcot_engine::{Advanced, Content, Engine, EngineConfig, Snapshot, open_engine};
 use tempfile::TempDir;
 
 pub(crate) struct Fixture {
@@ -52,6 +52,8 @@ impl Fixture {
             engine: "files".to_owned(),
             data_directory: self.data(),
             spool_directory: self.spool(),
+            spool_quota: 1 << 30,
+            database: marcot_engine::DatabaseConfig::default(),
         })
         .unwrap()
     }
@@ -98,7 +100,7 @@ pub(crate) fn read(snapshot: &dyn Snapshot, round: u32, id: FileId) -> Result<Ve
     while offset < reader.size() {
         let span = reader.span(offset, reader.size().min(offset + 70_000))?;
         assert!(span.end > offset);
-        if !span.hole {
+        if span.content == Content::Data {
             let range = usize::try_from(offset).unwrap()..usize::try_from(span.end).unwrap();
             reader.read_exact_at(&mut content[range], offset)?;
         }

@@ -18,8 +18,14 @@ fn chunk(payload: &[u8]) -> pb::Chunk {
         crc32c: crc32c::crc32c(payload),
         digest: Bytes::from_static(b"digest of some bytes"),
         extents: vec![
-            pb::Extent { file_id: 300, offset: 1 << 40, length: payload.len() as u64, hole: false },
-            pb::Extent { file_id: 301, offset: 0, length: 5, hole: true },
+            pb::Extent {
+                file_id: 300,
+                offset: 1 << 40,
+                length: payload.len() as u64,
+                hole: false,
+                unchanged: false,
+            },
+            pb::Extent { file_id: 301, offset: 0, length: 5, hole: true, unchanged: false },
         ],
         payload: Bytes::copy_from_slice(payload),
     }

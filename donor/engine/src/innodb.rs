@@ -1,0 +1,91 @@
+//! Engine `innodb`: a live MariaDB server.
+//!
+//! ```text
+//! redo follower   C ------------------------------------------------> T
+//! FILE COPY       all files, pages checked; again what changed
+//! PAGE COPY         pages changed since C, when redo outgrew the log
+//! the cut                                        BACKUP STAGE ... BLOCK_COMMIT: T, coordinates
+//! REDO COPY                                        redo C..T, what was read under the locks
+//! ```
+//!
+//! The clone is a fuzzy copy of the tablespaces and the redo that makes it whole: the stock server
+//! starts on it by its ordinary crash recovery, as of T.
+
+pub mod page;
+pub mod redo;
+
+mod classify;
+mod cut;
+mod follower;
+mod late;
+mod log_file;
+mod point;
+mod redo_file;
+mod server;
+mod snapshot;
+mod stash;
+mod survey;
+mod tablespace;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use marcot_common::failure::Failure;
+
+pub use self::server::DatabaseConfig;
+use self::{follower::Follower, server::Server, snapshot::InnodbSnapshot};
+use crate::{Engine, EngineConfig, Snapshot, SnapshotOptions, files};
+
+/// Makes snapshots of a live server.
+#[derive(Debug)]
+pub(crate) struct InnodbEngine {
+    shared: Arc<EngineShared>,
+}
+
+/// What all snapshots of one server share.
+#[derive(Debug)]
+pub(super) struct EngineShared {
+    server: Server,
+    data_directory: PathBuf,
+    spool_directory: PathBuf,
+    quota: u64,
+    follower: Follower,
+    /// BACKUP STAGE is one per server: cuts come one after another.
+    cuts: Mutex<()>,
+}
+
+impl InnodbEngine {
+    /// Checks the directories and how the server is to be reached; it need not run yet.
+    pub(crate) fn open(config: &EngineConfig) -> Result<Self, Failure> {
+        let data_directory = files::resolve("open data directory", &config.data_directory)?;
+        let spool_directory = files::resolve("open spool directory", &config.spool_directory)?;
+        let server = Server::new(&config.database)?;
+        let follower =
+            Follower::new(server.clone(), &data_directory, &spool_directory, config.spool_quota);
+        let shared = EngineShared {
+            server,
+            data_directory,
+            spool_directory,
+            quota: config.spool_quota,
+            follower,
+            cuts: Mutex::new(()),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+}
+
+impl Engine for InnodbEngine {
+    fn name(&self) -> &'static str {
+        "innodb"
+    }
+
+    fn data_directory(&self) -> &Path {
+        &self.shared.data_directory
+    }
+
+    fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure> {
+        Ok(Box::new(InnodbSnapshot::open(Arc::clone(&self.shared), options)?))
+    }
+}

@@ -1,0 +1,131 @@
+//! Walks the data directory of a live server: tells tablespaces from other files, and marks each
+//! tablespace by what it is, so that the next walk finds out when another one has taken its place.
+
+use std::{collections::HashSet, fs::File, os::fd::BorrowedFd, os::unix::fs::FileExt as _};
+
+use marcot_common::{entry::Kind, failure::Failure, path::RelativePath};
+
+use super::classify::{Class, Classifier};
+use crate::files::walk::{Found, Judge};
+
+/// Bytes of a tablespace's first page up to the end of what is looked at.
+const HEAD_BYTES: usize = 4096;
+
+/// Set in a mark: the file's first page says nothing yet, so that the file is copied as it is, and
+/// again each time it is listed.
+const UNSETTLED: u64 = 1 << 63;
+
+/// What a mark (`Identity::live`) says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// No tablespace of the server.
+    None,
+    /// Of this space id.
+    Settled(u32),
+    /// A tablespace whose first page is empty.
+    Unsettled,
+}
+
+impl Mark {
+    /// Reads `Identity::live`.
+    pub(super) fn of(live: u64) -> Self {
+        match live {
+            0 => Self::None,
+            n if n & UNSETTLED != 0 => Self::Unsettled,
+            n => u32::try_from(n - 1).map_or(Self::Unsettled, Self::Settled),
+        }
+    }
+}
+
+/// Judges what one walk finds.
+#[derive(Debug)]
+pub(super) struct Survey<'a> {
+    classifier: &'a Classifier,
+    /// Tablespaces that the server knew before the walk.
+    known: HashSet<u32>,
+    page_bytes: u64,
+    /// Makes the mark of each unsettled file of each walk another one.
+    unsettled: &'a mut u64,
+    /// Files to be read once commits are blocked.
+    pub(super) late: Vec<RelativePath>,
+}
+
+impl<'a> Survey<'a> {
+    pub(super) fn new(
+        classifier: &'a Classifier,
+        known: HashSet<u32>,
+        page_bytes: u32,
+        unsettled: &'a mut u64,
+    ) -> Self {
+        Self { classifier, known, page_bytes: page_bytes.into(), unsettled, late: Vec::new() }
+    }
+
+    fn mark(
+        &mut self,
+        class: Class,
+        file: BorrowedFd<'_>,
+        shown: &RelativePath,
+    ) -> Result<u64, Failure> {
+        if matches!(class, Class::System(index) if index > 0) {
+            return Ok(1);
+        }
+        let file = file
+            .try_clone_to_owned()
+            .map(File::from)
+            .map_err(|e| Failure::io("read tablespace", shown.as_path(), &e))?;
+        let mut head = [0; HEAD_BYTES];
+        let filled = read_up_to(&file, &mut head)
+            .map_err(|e| Failure::io("read tablespace", shown.as_path(), &e))?;
+        if head[..filled].iter().all(|&b| b == 0) {
+            *self.unsettled += 1;
+            return Ok(UNSETTLED | *self.unsettled);
+        }
+        let space = head[34..].first_chunk().map_or(0, |b| u32::from_be_bytes(*b));
+        // Not open in the server: nobody writes it by redo, it is a file as any other.
+        Ok(if self.known.contains(&space) { u64::from(space) + 1 } else { 0 })
+    }
+}
+
+impl Judge for Survey<'_> {
+    fn leaves_out(&mut self, path: &RelativePath, is_directory: bool) -> Option<&'static str> {
+        let class =
+            if is_directory { self.classifier.directory(path) } else { self.classifier.file(path) };
+        match class {
+            Class::LeftOut(reason) => Some(reason),
+            Class::Late => {
+                self.late.push(path.clone());
+                Some("")
+            }
+            _ => None,
+        }
+    }
+
+    fn look(&mut self, mut found: Found, file: BorrowedFd<'_>) -> Result<Option<Found>, Failure> {
+        let class = self.classifier.file(&found.path);
+        if !class.is_tablespace() {
+            return Ok(Some(found));
+        }
+        let mark = self.mark(class, file, &found.path)?;
+        if mark != 0 {
+            found.identity = found.identity.live(mark);
+            // What is beyond the last whole page is being written; redo has it.
+            if let Kind::Regular { size, .. } = &mut found.kind {
+                *size -= *size % self.page_bytes.min(4096);
+            }
+        }
+        Ok(Some(found))
+    }
+}
+
+fn read_up_to(file: &File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}

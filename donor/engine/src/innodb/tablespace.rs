@@ -1,0 +1,437 @@
+//! Reads a tablespace page by page while the server writes it, and checks each.
+//!
+//! Invariants:
+//! * No byte of a page leaves here before the whole page, as read at once, has its checksum, its
+//!   number and its space id right (R3), but for the doublewrite buffer, which the copy has empty.
+//! * All bytes of one page come from one read of it. Ranges begin and end at pages.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use marcot_common::{failure::Failure, path::RelativePath};
+use rustix::fs::{Advice, SeekFrom};
+use tonic::Code;
+
+use super::page::{self, FormatError, PageError, PageFormat, PageState};
+use crate::{
+    Content, FileReader, Span,
+    files::tree::{Identity, LOOK, Tree, changed, failure, vanished},
+};
+
+/// Pages are read and checked this many bytes at a time: a multiple of every page size.
+const WINDOW_BYTES: usize = 1 << 20;
+
+/// How often a page is read again that was met while the server wrote it. A write of a page takes
+/// microseconds; on a stalled disk it can take long, so the later looks wait.
+const READS_MAX: u32 = 100;
+
+/// Looks without a pause; each later one waits a little longer, 2.5 s in all.
+const READS_AT_ONCE: u32 = 10;
+
+/// The largest page.
+const FIRST_PAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Blocks that a file system can leave out.
+const BLOCK_BYTES: usize = 4096;
+
+/// What pages of a snapshot have been through.
+#[derive(Debug, Default)]
+pub(super) struct PageCounts {
+    /// Pages whose checks all held.
+    pub(super) checked: AtomicU64,
+    /// Pages read again.
+    pub(super) read_again: AtomicU64,
+}
+
+/// What a page-checked file is.
+#[derive(Debug, Clone)]
+pub(super) struct TablespaceOf {
+    /// Format of its pages.
+    pub(super) format: Arc<PageFormat>,
+    /// Number of its first page: not 0 for later files of the system tablespace.
+    pub(super) first_page: u32,
+    /// Pages, by their numbers, that are empty in the copy: the doublewrite buffer.
+    pub(super) empty: [std::ops::Range<u32>; 2],
+}
+
+/// Reads one tablespace file.
+#[derive(Debug)]
+pub(super) struct TablespaceReader {
+    file: File,
+    path: RelativePath,
+    shown: PathBuf,
+    size: u64,
+    of: TablespaceOf,
+    page_bytes: usize,
+    /// Pages below this LSN are as an earlier round has them.
+    since: Option<u64>,
+    window: Vec<u8>,
+    /// First byte of the window in the file, and its bytes.
+    window_at: (u64, usize),
+    counts: Arc<PageCounts>,
+}
+
+/// Opens a file if it is still the inode that was listed.
+pub(super) fn open_inode(
+    tree: &Tree,
+    path: &RelativePath,
+    listed: &Identity,
+) -> Result<File, Failure> {
+    let file = open_any(tree, path)?;
+    let stat = rustix::fs::fstat(&file)
+        .map_err(|e| failure("read attributes of", &tree.shown(Some(path)), e))?;
+    if !listed.is_same_inode(&Identity::of(&stat)) {
+        return Err(changed(path));
+    }
+    Ok(file)
+}
+
+/// Opens whatever regular file is at `path`.
+pub(super) fn open_any(tree: &Tree, path: &RelativePath) -> Result<File, Failure> {
+    let fd = tree.open_at(path, LOOK).map_err(|error| match error {
+        rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => vanished(path),
+        rustix::io::Errno::LOOP | rustix::io::Errno::NXIO => changed(path),
+        other => failure("open", &tree.shown(Some(path)), other),
+    })?;
+    Ok(File::from(fd))
+}
+
+impl TablespaceOf {
+    /// Looks at the first page of a tablespace, which must be of `space`.
+    pub(super) fn look(
+        file: &File,
+        path: &RelativePath,
+        shown: &Path,
+        space: u32,
+    ) -> Result<Self, Failure> {
+        let mut page = vec![0; FIRST_PAGE_BYTES_MAX];
+        let mut reads = 1;
+        loop {
+            let filled = file.read_at(&mut page, 0);
+            let filled = filled.map_err(|e| Failure::io("read tablespace", shown, &e))?;
+            match PageFormat::from_first_page(&page[..filled]) {
+                Ok(format) if format.space_id() == space => {
+                    return Ok(Self {
+                        format: Arc::new(format),
+                        first_page: 0,
+                        empty: [0..0, 0..0],
+                    });
+                }
+                // Another tablespace has taken its place: the next walk finds it.
+                Ok(_) | Err(FormatError::ZeroPage) => return Err(changed(path)),
+                Err(error) if reads >= READS_MAX => {
+                    return Err(Failure::new(
+                        Code::DataLoss,
+                        "PAGE_CORRUPT",
+                        format!("page 0 of {} stays wrong: {error}", shown.display()),
+                    )
+                    .with("path", path)
+                    .with("page", 0));
+                }
+                Err(_) => {
+                    reads += 1;
+                    std::thread::sleep(Duration::from_micros(500));
+                }
+            }
+        }
+    }
+}
+
+impl TablespaceReader {
+    /// Reads `size` bytes of an open file, a multiple of its page size.
+    pub(super) fn new(
+        file: File,
+        path: RelativePath,
+        shown: PathBuf,
+        size: u64,
+        of: TablespaceOf,
+        counts: Arc<PageCounts>,
+    ) -> Self {
+        // Advice only.
+        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
+        let page_bytes = of.format.physical_page_size();
+        Self {
+            file,
+            path,
+            shown,
+            size,
+            of,
+            page_bytes,
+            since: None,
+            window: Vec::new(),
+            window_at: (0, 0),
+            counts,
+        }
+    }
+
+    /// Gives only pages changed at or after `lsn`.
+    pub(super) fn since(mut self, lsn: u64) -> Self {
+        self.since = Some(lsn);
+        self
+    }
+
+    fn page_number(&self, offset: u64) -> Result<u32, Failure> {
+        let number = offset / self.page_bytes as u64 + u64::from(self.of.first_page);
+        u32::try_from(number).map_err(|_| Failure::bug(format!("page {number} of {}", self.path)))
+    }
+
+    /// Makes the window hold `offset`, which is the start of a page or already in it.
+    fn load(&mut self, offset: u64) -> Result<(), Failure> {
+        let (start, bytes) = self.window_at;
+        if (start..start + bytes as u64).contains(&offset) {
+            return Ok(());
+        }
+        if !offset.is_multiple_of(self.page_bytes as u64) {
+            return Err(Failure::invalid(
+                "BAD_RANGE",
+                format!(
+                    "a range of {} begins at {offset}, which is within a page of {} bytes",
+                    self.path, self.page_bytes
+                ),
+            ));
+        }
+        let bytes = usize::try_from(self.size - offset).unwrap_or(WINDOW_BYTES).min(WINDOW_BYTES);
+        self.window.resize(bytes, 0);
+        self.window_at = (0, 0);
+        read_or_zero(&self.file, &mut self.window, offset)
+            .map_err(|e| self.read_failure(offset, &e))?;
+        for at in (0..bytes).step_by(self.page_bytes) {
+            self.check_page(at, offset + at as u64)?;
+        }
+        self.window_at = (offset, bytes);
+        Ok(())
+    }
+
+    /// Checks the page at `at` of the window; reads it again while it is not right.
+    fn check_page(&mut self, at: usize, offset: u64) -> Result<(), Failure> {
+        let number = self.page_number(offset)?;
+        let end = at + self.page_bytes;
+        if self.of.empty.iter().any(|range| range.contains(&number)) {
+            self.window[at..end].fill(0);
+            return Ok(());
+        }
+        let mut reads = 1;
+        loop {
+            match self.of.format.check(&self.window[at..end], number) {
+                Ok(PageState::Unchecked { .. }) => {
+                    if reads >= READS_MAX {
+                        return Err(changed(&self.path));
+                    }
+                    let mut again = vec![0; self.page_bytes];
+                    let read = read_or_zero(&self.file, &mut again, offset);
+                    read.map_err(|e| self.read_failure(offset, &e))?;
+                    if again == self.window[at..end] {
+                        return Ok(());
+                    }
+                    reads += 1;
+                    self.window[at..end].copy_from_slice(&again);
+                }
+                Ok(_) => {
+                    self.counts.checked.fetch_add(1, Ordering::Relaxed);
+                    return Ok(());
+                }
+                Err(error) if reads >= READS_MAX => return Err(self.corrupt(number, &error)),
+                Err(_) => {
+                    if reads > READS_AT_ONCE {
+                        let wait = 50 * u64::from(reads - READS_AT_ONCE) / 8;
+                        std::thread::sleep(Duration::from_micros(wait * 100));
+                    }
+                    reads += 1;
+                    self.counts.read_again.fetch_add(1, Ordering::Relaxed);
+                    let read = read_or_zero(&self.file, &mut self.window[at..end], offset);
+                    read.map_err(|e| self.read_failure(offset, &e))?;
+                }
+            }
+        }
+    }
+
+    fn corrupt(&self, number: u32, error: &PageError) -> Failure {
+        Failure::new(
+            Code::DataLoss,
+            "PAGE_CORRUPT",
+            format!(
+                "page {number} of {} stays wrong after {READS_MAX} reads: {error}; check the table, \
+                 and the disk",
+                self.shown.display()
+            ),
+        )
+        .with("path", &self.path)
+        .with("page", number)
+    }
+
+    fn read_failure(&self, offset: u64, error: &io::Error) -> Failure {
+        if error.raw_os_error() == Some(libc::EIO) {
+            return Failure::new(
+                Code::DataLoss,
+                "READ_ERROR",
+                format!(
+                    "{} cannot be read at offset {offset}: {error}; check the disk",
+                    self.shown.display()
+                ),
+            )
+            .with("path", &self.path)
+            .with("offset", offset);
+        }
+        Failure::io("read", &self.shown, error).with("path", &self.path)
+    }
+
+    /// What stands at `offset` of the window.
+    fn content(&self, offset: u64) -> Content {
+        let at = usize::try_from(offset - self.window_at.0).unwrap_or(0);
+        let start = at / self.page_bytes * self.page_bytes;
+        let page = &self.window[start..start + self.page_bytes];
+        if let Some(since) = self.since {
+            if is_zero(page) {
+                return Content::Hole;
+            }
+            if page::lsn(page) < since {
+                return Content::Unchanged;
+            }
+        }
+        // Only such tables leave parts of pages out; elsewhere zero pages are room set aside.
+        let is_left_out = self.of.format.is_page_compressed()
+            && is_zero(&self.window[at..(at + BLOCK_BYTES).min(self.window.len())]);
+        if is_left_out { Content::Hole } else { Content::Data }
+    }
+
+    /// Whether the file system holds nothing for the whole pages from `offset` on; how far.
+    fn hole_until(&self, offset: u64) -> Option<u64> {
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => self.size,
+            Err(_) => return None,
+        };
+        let page = self.page_bytes as u64;
+        let until = data.min(self.size) / page * page;
+        (until > offset).then_some(until)
+    }
+}
+
+impl FileReader for TablespaceReader {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn unit(&self) -> u64 {
+        self.page_bytes as u64
+    }
+
+    fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure> {
+        let (start, bytes) = self.window_at;
+        let is_loaded = (start..start + bytes as u64).contains(&offset);
+        // What was a hole at the look and is none any more was written since: redo has it.
+        if !is_loaded
+            && self.since.is_none()
+            && offset.is_multiple_of(self.page_bytes as u64)
+            && let Some(until) = self.hole_until(offset)
+        {
+            return Ok(Span { end: until.min(end), content: Content::Hole });
+        }
+        self.load(offset)?;
+        let (start, bytes) = self.window_at;
+        let window_end = start + bytes as u64;
+        let content = self.content(offset);
+        let mut until = offset;
+        while until < window_end.min(end) && self.content(until) == content {
+            let step =
+                if self.of.format.is_page_compressed() { BLOCK_BYTES } else { self.page_bytes };
+            until += (step as u64).min(window_end - until);
+        }
+        Ok(Span { end: until.min(end), content })
+    }
+
+    fn read_exact_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            self.load(at)?;
+            let (start, bytes) = self.window_at;
+            let from = usize::try_from(at - start).unwrap_or(0);
+            let length = (bytes - from).min(buffer.len() - done);
+            buffer[done..done + length].copy_from_slice(&self.window[from..from + length]);
+            done += length;
+        }
+        Ok(())
+    }
+
+    fn check_unchanged(&mut self) -> Result<(), Failure> {
+        // Redo brings every page up to the point; what bypasses redo is found when the tree is
+        // listed again.
+        Ok(())
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|&b| b == 0)
+}
+
+/// Fills a buffer; what lies beyond the end reads as zero: a tablespace that was truncated since it
+/// was listed (undo) has redo for that, and for all that comes after.
+fn read_or_zero(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => {
+                buffer[filled..].fill(0);
+                return Ok(());
+            }
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Reads a file as it is: a tablespace whose first page says nothing yet. It is read again under
+/// the locks.
+#[derive(Debug)]
+pub(super) struct RawReader {
+    file: File,
+    path: RelativePath,
+    shown: PathBuf,
+    size: u64,
+}
+
+impl RawReader {
+    /// Reads `size` bytes of an open file.
+    pub(super) fn new(file: File, path: RelativePath, shown: PathBuf, size: u64) -> Self {
+        Self { file, path, shown, size }
+    }
+}
+
+impl FileReader for RawReader {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn span(&mut self, _: u64, end: u64) -> Result<Span, Failure> {
+        Ok(Span { end, content: Content::Data })
+    }
+
+    fn read_exact_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
+        read_or_zero(&self.file, buffer, offset)
+            .map_err(|e| Failure::io("read", &self.shown, &e).with("path", &self.path))
+    }
+
+    fn check_unchanged(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
