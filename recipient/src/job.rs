@@ -164,7 +164,7 @@ impl CloneJob {
                 if cancel.is_cancelled() {
                     return Err(stopped());
                 }
-                progress.listed_again(entry.file_id);
+                progress.listed_again(&entry);
                 match (entry.change, &entry.kind) {
                     (Change::Rename, _) => staging.put_back(entry.file_id, &entry.path)?,
                     (Change::Truncate, Some(Kind::Regular { size, .. })) => {

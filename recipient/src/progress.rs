@@ -1,14 +1,18 @@
 //! What a running clone has done so far: counters that streams add to and the status reads.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use marcot_common::{entry::FileId, failure::Failure};
+use marcot_common::{
+    entry::{Change, Entry, Kind},
+    failure::Failure,
+    path::RelativePath,
+};
 use tonic::Code;
 
 use crate::writer::Unfinished;
@@ -55,7 +59,8 @@ pub struct Progress {
     pub resent_bytes: Counter,
     /// Streams at work.
     pub streams: Counter,
-    unfinished: Mutex<HashMap<FileId, Unfinished>>,
+    /// By path: what stands there in a later round may be another file.
+    unfinished: Mutex<BTreeMap<RelativePath, Unfinished>>,
 }
 
 impl Progress {
@@ -63,7 +68,7 @@ impl Progress {
     pub fn note_unfinished(&self, files: Vec<Unfinished>) -> Result<(), Failure> {
         let mut noted = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
         for file in files {
-            noted.insert(file.part.file_id, file);
+            noted.insert(file.part.path.clone(), file);
         }
         if noted.len() > UNFINISHED_MAX {
             return Err(Failure::new(
@@ -78,14 +83,94 @@ impl Progress {
         Ok(())
     }
 
-    /// Takes note that a file is listed again.
-    pub fn listed_again(&self, file: FileId) {
-        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).remove(&file);
+    /// Takes note of what a later round lists: what it reads in full, or removes, is unfinished no
+    /// more; a file that it renames still is.
+    pub fn listed_again(&self, entry: &Entry) {
+        let mut unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
+        if unfinished.is_empty() {
+            return;
+        }
+        match entry.change {
+            Change::Add | Change::Replace | Change::Remove => {
+                unfinished.remove(&entry.path);
+                if entry.kind != Some(Kind::Directory) {
+                    unfinished.retain(|path, _| !path.is_below(&entry.path));
+                }
+            }
+            Change::Rename => {
+                let id = entry.file_id;
+                let old = unfinished.iter().find(|(_, file)| file.part.file_id == id);
+                if let Some(old) = old.map(|(path, _)| path.clone())
+                    && let Some(file) = unfinished.remove(&old)
+                {
+                    unfinished.insert(entry.path.clone(), file);
+                }
+            }
+            Change::Truncate | Change::Patch => {}
+        }
     }
 
     /// A file that is still unfinished.
     #[must_use]
     pub fn any_unfinished(&self) -> Option<Unfinished> {
         self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).values().next().cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use marcot_common::entry::{Attributes, FileId};
+
+    use super::*;
+    use crate::plan::Part;
+
+    fn path(text: &str) -> RelativePath {
+        RelativePath::new(text.as_bytes()).unwrap()
+    }
+
+    fn entry(text: &str, id: u64, change: Change, kind: Option<Kind>) -> Entry {
+        let attributes = Attributes::default();
+        let (path, file_id) = (path(text), FileId(id));
+        Entry { number: 0, file_id, change, path, kind, attributes, growing: false }
+    }
+
+    fn unfinished(text: &str, id: u64) -> Unfinished {
+        let part = Part {
+            file_id: FileId(id),
+            path: path(text),
+            size: 1,
+            offset: 0,
+            length: 1,
+            whole: None,
+            patches: false,
+        };
+        Unfinished { part, failure: Failure::bug("changed") }
+    }
+
+    /// Guards that an unfinished file is known by its path: by its id alone, one that another file
+    /// has replaced would fail the clone, and one that was only renamed or patched would pass.
+    #[test]
+    fn only_what_is_read_again_or_gone_is_unfinished_no_more() {
+        let regular = || Some(Kind::Regular { size: 1, allocated: 1 });
+        for (change, kind, id, is_left) in [
+            (Change::Replace, regular(), 9, false),
+            (Change::Replace, regular(), 7, false),
+            (Change::Remove, None, 7, false),
+            (Change::Patch, regular(), 7, true),
+        ] {
+            let progress = Progress::default();
+            progress.note_unfinished(vec![unfinished("d/f", 7)]).unwrap();
+            progress.listed_again(&entry("d/f", id, change, kind));
+            assert_eq!(progress.any_unfinished().is_some(), is_left, "{change:?} of {id}");
+        }
+        let progress = Progress::default();
+        progress.note_unfinished(vec![unfinished("d/f", 7)]).unwrap();
+        progress.listed_again(&entry("d", 3, Change::Replace, Some(Kind::Directory)));
+        assert!(progress.any_unfinished().is_some(), "the directory has new attributes only");
+        progress.listed_again(&entry("d/g", 7, Change::Rename, regular()));
+        progress.listed_again(&entry("d/f", 8, Change::Add, regular()));
+        assert!(progress.any_unfinished().is_some(), "it has another name now");
+        progress.listed_again(&entry("d", 3, Change::Remove, None));
+        assert!(progress.any_unfinished().is_none());
     }
 }

@@ -1,13 +1,126 @@
-//! A real MariaDB server on a data directory of its own, reached by its socket.
+//! Real MariaDB servers on data directories of their own, reached by their sockets.
 
 use std::{
     fs::File,
     io::Write as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
+use mysql::{Conn, OptsBuilder, prelude::Queryable as _};
+
 use crate::wait_for;
+
+/// A server program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// Debian 12's own.
+    V10_11,
+    /// Debian trixie's, from the tree that `tests/tools/server_tree.sh` makes.
+    V11_8,
+}
+
+/// Both versions that engine innodb knows.
+pub const VERSIONS: [Version; 2] = [Version::V10_11, Version::V11_8];
+
+impl Version {
+    /// What `tests/tools/server_tree.sh` has made for this version.
+    fn tree(self) -> PathBuf {
+        let name = match self {
+            Self::V10_11 => "mariadb-bookworm",
+            Self::V11_8 => "mariadb-trixie",
+        };
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/servers").join(name)
+    }
+
+    fn share(self) -> PathBuf {
+        match self {
+            Self::V10_11 => PathBuf::from("/usr/share/mysql"),
+            Self::V11_8 => self.tree().join("usr/share/mariadb"),
+        }
+    }
+
+    fn plugins(self) -> PathBuf {
+        self.tree().join("usr/lib/mysql/plugin")
+    }
+
+    /// The program that prints binary logs; that of the older version runs on this machine.
+    #[must_use]
+    pub fn binlog_program() -> PathBuf {
+        Self::V10_11.tree().join("usr/bin/mariadb-binlog")
+    }
+
+    fn command(self) -> Command {
+        let mut command = match self {
+            Self::V10_11 => Command::new("/usr/sbin/mariadbd"),
+            Self::V11_8 => {
+                let tree = self.tree();
+                // The tree's own loader and libraries: its glibc is newer than this machine's.
+                let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
+                let libraries = tree.join("usr/lib/x86_64-linux-gnu");
+                command.arg("--library-path").arg(libraries).arg(tree.join("usr/sbin/mariadbd"));
+                command
+            }
+        };
+        command.args(["--no-defaults", "--user=root"]);
+        command.arg(format!("--lc-messages-dir={}", self.share().display()));
+        command.arg(format!("--plugin-dir={}", self.plugins().display()));
+        command
+    }
+}
+
+/// How a server runs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which server.
+    pub version: Version,
+    /// More arguments of mariadbd; those that concern files are needed at the bootstrap too.
+    pub arguments: Vec<String>,
+    /// Whether accounts are asked for; root needs no password.
+    pub accounts: bool,
+    /// A TCP port on loopback, for replication.
+    pub port: Option<u16>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { version: Version::V10_11, arguments: Vec::new(), accounts: false, port: None }
+    }
+}
+
+impl Options {
+    /// Of a version, with accounts, a binary log and more arguments: what a primary is.
+    #[must_use]
+    pub fn primary(version: Version, arguments: &[&str]) -> Self {
+        let mut all = vec!["--log-bin=bin".to_owned(), "--server-id=1".to_owned()];
+        // Durability is not what most rows are about, and two cores are slow enough.
+        all.extend(["--innodb-flush-log-at-trx-commit=2", "--sync-binlog=0"].map(str::to_owned));
+        all.extend(arguments.iter().map(ToString::to_string));
+        Self { version, arguments: all, accounts: true, port: Some(free_port()) }
+    }
+
+    /// As this one, with other arguments after its own.
+    #[must_use]
+    pub fn with(&self, arguments: &[&str]) -> Self {
+        let mut other = self.clone();
+        other.arguments.extend(arguments.iter().map(ToString::to_string));
+        other
+    }
+
+    /// The same server for a clone: another id and port.
+    #[must_use]
+    pub fn for_clone(&self) -> Self {
+        let mut other = self.with(&["--server-id=2", "--skip-slave-start"]);
+        other.port = self.port.map(|_| free_port());
+        other
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound socket").port()
+}
 
 /// A running server; it is killed when it is dropped.
 #[derive(Debug)]
@@ -15,27 +128,35 @@ pub struct MariaDb {
     child: Child,
     socket: PathBuf,
     log: PathBuf,
+    /// Its TCP port.
+    pub port: Option<u16>,
 }
 
 /// Makes an empty data directory, as mariadb-install-db does.
 pub fn install(data_directory: &Path) {
+    install_with(data_directory, &Options::default());
+}
+
+/// As `install`, for a server that will run with `options`.
+pub fn install_with(data_directory: &Path, options: &Options) {
     std::fs::create_dir_all(data_directory.join("mysql")).expect("writable");
-    let share = Path::new("/usr/share/mysql");
-    let mut child = command(data_directory)
+    let share = options.version.share();
+    let mut child = command(data_directory, options)
         .args(["--bootstrap", "--silent-startup", "--skip-log-bin"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("mariadbd is there: `make test` installs mariadb-server-core");
+        .expect("mariadbd is there: `make test` installs it");
     let mut input = child.stdin.take().expect("a pipe");
     writeln!(input, "use mysql;").expect("the server reads");
-    for file in ["mariadb_system_tables.sql", "mysql_system_tables.sql"] {
-        if let Ok(sql) = std::fs::read(share.join(file)) {
-            input.write_all(&sql).expect("the server reads");
-        }
-    }
-    for file in ["mariadb_system_tables_data.sql", "mysql_system_tables_data.sql"] {
+    for file in [
+        "mariadb_system_tables.sql",
+        "mysql_system_tables.sql",
+        "mariadb_system_tables_data.sql",
+        "mysql_system_tables_data.sql",
+        "mariadb_performance_tables.sql",
+    ] {
         if let Ok(sql) = std::fs::read(share.join(file)) {
             input.write_all(&sql).expect("the server reads");
         }
@@ -45,33 +166,34 @@ pub fn install(data_directory: &Path) {
     assert!(output.status.success(), "bootstrap: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn command(data_directory: &Path) -> Command {
-    let mut command = Command::new("/usr/sbin/mariadbd");
+fn command(data_directory: &Path, options: &Options) -> Command {
+    let mut command = options.version.command();
+    // Servers that share one directory for temporary tables remove each other's.
+    let temporary = data_directory.with_extension("tmp");
+    std::fs::create_dir_all(&temporary).expect("writable");
     command
-        .args(["--no-defaults", "--user=root", "--skip-networking", "--skip-grant-tables"])
-        .args(["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=16M"])
-        .args(["--lc-messages-dir=/usr/share/mysql", "--aria-pagecache-buffer-size=8M"])
-        .arg(format!("--datadir={}", data_directory.display()));
+        .arg(format!("--tmpdir={}", temporary.display()))
+        .args(["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=16M"])
+        .args(["--aria-pagecache-buffer-size=8M"])
+        .arg(format!("--datadir={}", data_directory.display()))
+        .args(&options.arguments);
     command
 }
+
+/// Makes each socket's name another one.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 
 impl MariaDb {
     /// Starts a server and waits until it answers. Its socket and log go to `home`.
     #[must_use]
     pub fn start(home: &Path, data_directory: &Path) -> Self {
-        let number = std::fs::read_dir(home).expect("home is readable").count();
-        // A socket's path is at most 107 bytes, and the build's directory may be deep.
-        let socket = std::env::temp_dir().join(format!("m{}-{number}.sock", std::process::id()));
-        let log = home.join(format!("mariadbd-{number}.log"));
-        let child = command(data_directory)
-            .arg(format!("--socket={}", socket.display()))
-            .arg(format!("--pid-file={}", home.join(format!("mariadbd-{number}.pid")).display()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).expect("home is writable"))
-            .spawn()
-            .expect("mariadbd is there: `make test` installs mariadb-server-core");
-        let mut server = Self { child, socket, log };
+        Self::start_with(home, data_directory, &Options::default())
+    }
+
+    /// As `start`, with options.
+    #[must_use]
+    pub fn start_with(home: &Path, data_directory: &Path, options: &Options) -> Self {
+        let mut server = Self::spawn(home, data_directory, options);
         wait_for("mariadbd to answer", || {
             if let Some(status) = server.child.try_wait().expect("our own child") {
                 panic!("mariadbd ended with {status}:\n{}", server.log());
@@ -81,13 +203,74 @@ impl MariaDb {
         server
     }
 
+    fn spawn(home: &Path, data_directory: &Path, options: &Options) -> Self {
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        // A socket's path is at most 107 bytes, and the build's directory may be deep.
+        let socket = std::env::temp_dir().join(format!("m{}-{number}.sock", std::process::id()));
+        let log = home.join(format!("mariadbd-{number}.log"));
+        let mut command = command(data_directory, options);
+        if !options.accounts {
+            command.arg("--skip-grant-tables");
+        }
+        match options.port {
+            Some(port) => command.args(["--bind-address=127.0.0.1", &format!("--port={port}")]),
+            None => command.arg("--skip-networking"),
+        };
+        let child = command
+            .arg(format!("--socket={}", socket.display()))
+            .arg(format!("--pid-file={}", home.join(format!("mariadbd-{number}.pid")).display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).expect("home is writable"))
+            .spawn()
+            .expect("mariadbd is there: `make test` installs it");
+        Self { child, socket, log, port: options.port }
+    }
+
+    /// Starts a server that is expected to end by itself, and returns what it logged.
+    #[must_use]
+    pub fn start_and_fail(home: &Path, data_directory: &Path, options: &Options) -> String {
+        let mut server = Self::spawn(home, data_directory, options);
+        wait_for("mariadbd to end", || {
+            assert!(server.try_query("SELECT 1").is_err(), "mariadbd runs:\n{}", server.log());
+            server.child.try_wait().expect("our own child")
+        });
+        server.log()
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A connection as root.
+    pub fn try_connect(&self) -> Result<Conn, mysql::Error> {
+        let socket = self.socket.display().to_string();
+        let options = OptsBuilder::new().socket(Some(socket)).user(Some("root")).stmt_cache_size(0);
+        Conn::new(options)
+    }
+
+    /// A connection as root.
+    #[must_use]
+    pub fn connect(&self) -> Conn {
+        self.try_connect().expect("the server takes connections")
+    }
+
     /// Runs statements and returns the rows, tab-separated.
     #[must_use]
     pub fn query(&self, sql: &str) -> String {
         self.try_query(sql).unwrap_or_else(|e| panic!("{sql}: {e}"))
     }
 
-    fn try_query(&self, sql: &str) -> Result<String, String> {
+    /// As `query`, or the server's error.
+    pub fn try_query(&self, sql: &str) -> Result<String, String> {
         let output = Command::new("mariadb")
             .args(["--no-defaults", "--batch", "--skip-column-names", "--user=root"])
             .arg(format!("--socket={}", self.socket.display()))
@@ -101,16 +284,32 @@ impl MariaDb {
         }
     }
 
+    /// Base tables of all schemas, quoted.
+    #[must_use]
+    pub fn tables(&self) -> Vec<String> {
+        let tables = self.query(
+            "SELECT CONCAT('`', table_schema, '`.`', table_name, '`') FROM information_schema.tables \
+             WHERE table_type IN ('BASE TABLE', 'SEQUENCE') AND table_schema NOT IN \
+             ('information_schema', 'performance_schema', 'sys') ORDER BY 1",
+        );
+        tables.lines().map(str::to_owned).collect()
+    }
+
     /// CHECKSUM TABLE of every base table, by name.
     #[must_use]
     pub fn checksums(&self) -> String {
-        let tables = self.query(
-            "SELECT CONCAT('`', table_schema, '`.`', table_name, '`') FROM information_schema.tables \
-             WHERE table_type = 'BASE TABLE' AND table_schema NOT IN \
-             ('information_schema', 'performance_schema') ORDER BY 1",
-        );
-        let tables: Vec<_> = tables.lines().collect();
-        self.query(&format!("CHECKSUM TABLE {}", tables.join(", ")))
+        self.query(&format!("CHECKSUM TABLE {}", self.tables().join(", ")))
+    }
+
+    /// As `checksums`, without what each server keeps for itself: its statistics, and how far it
+    /// has replicated.
+    #[must_use]
+    pub fn replicated_checksums(&self) -> String {
+        const OWN: [&str; 3] =
+            ["mysql.gtid_slave_pos", "mysql.innodb_index_stats", "mysql.innodb_table_stats"];
+        let all = self.checksums();
+        let lines = all.lines().filter(|line| !OWN.iter().any(|own| line.starts_with(own)));
+        lines.collect::<Vec<_>>().join("\n")
     }
 
     /// What the server has logged.
@@ -119,11 +318,56 @@ impl MariaDb {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Lines of its log that are errors.
+    #[must_use]
+    pub fn errors(&self) -> Vec<String> {
+        let log = self.log();
+        log.lines().filter(|line| line.contains("[ERROR]")).map(str::to_owned).collect()
+    }
+
     /// Shuts the server down and waits for its end.
     pub fn stop(mut self) {
         drop(self.try_query("SHUTDOWN"));
         let status = wait_for("mariadbd to end", || self.child.try_wait().expect("our own child"));
         assert!(status.success(), "mariadbd ended with {status}:\n{}", self.log());
+    }
+
+    /// Kills the server without a word.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("our own child");
+        self.child.wait().expect("our own child");
+    }
+
+    /// Makes this server a replica of `primary` by GTID from `position` on.
+    pub fn replicate(&self, primary: &Self, position: &str) {
+        let port = primary.port.expect("the primary has a port");
+        drop(primary.query(
+            "CREATE OR REPLACE USER repl@'127.0.0.1' IDENTIFIED BY 'repl'; \
+             GRANT REPLICATION SLAVE ON *.* TO repl@'127.0.0.1'",
+        ));
+        drop(self.query(&format!(
+            "STOP SLAVE; RESET SLAVE ALL; SET GLOBAL gtid_slave_pos='{position}'; \
+             CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_PORT={port}, MASTER_USER='repl', \
+             MASTER_PASSWORD='repl', MASTER_USE_GTID=slave_pos; START SLAVE"
+        )));
+    }
+
+    /// Waits until this replica has applied all that `primary` has now.
+    pub fn catch_up(&self, primary: &Self) {
+        let target = primary.query("SELECT @@gtid_binlog_pos");
+        let mut conn = self.connect();
+        let wait = format!("SELECT MASTER_GTID_WAIT('{}', 60)", target.trim());
+        let waited: Option<i64> = conn.query_first(wait).expect("the replica answers");
+        let status: Option<mysql::Row> =
+            conn.query_first("SHOW SLAVE STATUS").expect("the replica answers");
+        let status = status.expect("it is a replica");
+        let errors: Vec<String> = ["Last_IO_Error", "Last_SQL_Error"]
+            .map(|column| status.get(column).expect("a text"))
+            .into_iter()
+            .filter(|error: &String| !error.is_empty())
+            .collect();
+        assert_eq!(waited, Some(0), "the replica does not reach {target}: {errors:?}");
+        assert_eq!(errors, Vec::<String>::new());
     }
 }
 
@@ -133,7 +377,12 @@ impl Drop for MariaDb {
         drop(self.child.wait());
         drop(std::fs::remove_file(&self.socket));
         if std::thread::panicking() {
-            eprintln!("--- {}\n{}", self.log.display(), self.log());
+            let log = self.log();
+            let tail: Vec<_> = log.lines().rev().take(60).collect();
+            eprintln!("--- {}", self.log.display());
+            for line in tail.iter().rev() {
+                eprintln!("{line}");
+            }
         }
     }
 }

@@ -41,6 +41,9 @@ missing_packages() {
   python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
   [[ -x /usr/sbin/mariadbd ]] || command -v mariadbd >/dev/null || echo mariadb-server-core
   command -v mariadb >/dev/null || echo mariadb-client-core
+  command -v mariadb-backup >/dev/null || echo mariadb-backup
+  command -v sysbench >/dev/null || echo sysbench
+  [[ -f /usr/share/keyrings/debian-archive-keyring.gpg ]] || echo debian-archive-keyring
 }
 
 install_packages() {
@@ -56,6 +59,13 @@ install_packages() {
   retry apt-get -q install -y --no-install-recommends "${packages[@]}" >&2
   mapfile -t packages < <(missing_packages)
   if ((${#packages[@]} > 0)); then die "still missing: ${packages[*]}"; fi
+}
+
+# Servers in trees of their own: of another suite, and what Debian 12 has beside the server itself
+# (plugins, mariadb-binlog), which as a package would start a service.
+install_servers() {
+  tests/tools/server_tree.sh mariadb-bookworm bookworm mariadb-server
+  tests/tools/server_tree.sh mariadb-trixie trixie mariadb-server
 }
 
 install_python() {
@@ -85,6 +95,7 @@ for what in "$@"; do
   case $what in
     test)
       install_packages
+      install_servers
       install_python
       install_cargo_tool cargo-nextest "^0.9"
       ;;

@@ -60,6 +60,9 @@ const PAGE_ROUNDS_MAX: u32 = 4;
 /// Changed bytes that may be left to be read under the locks: some tenths of a second.
 const LEFT_FOR_LOCKS_BYTES: u64 = 32 << 20;
 
+/// Redo that is recovered in seconds, however small the server's log is.
+const REDO_BYTES: u64 = 64 << 20;
+
 /// Most tries of a cut whose files do not come to rest.
 const CUTS_MAX: u32 = 5;
 
@@ -297,6 +300,12 @@ impl InnodbSnapshot {
         state.base = Arc::new(relisted.base);
     }
 
+    /// Redo that a clone may start with: more than what the server's own log holds, which is never
+    /// less than its distance from the last checkpoint, and short enough to be recovered soon.
+    fn redo_bound(&self, hold: &Hold) -> u64 {
+        (2 * hold.capacity).max(REDO_BYTES).min(self.shared.quota / 2)
+    }
+
     /// Whether pages are to be sent again: from which LSN on, and the hold that redo begins at
     /// then.
     fn page_round(
@@ -306,7 +315,7 @@ impl InnodbSnapshot {
     ) -> Result<Option<(u64, Arc<Hold>)>, Failure> {
         let since = hold.checkpoint.lsn;
         match hold.end() {
-            Ok(end) if end - since <= hold.capacity => Ok(None),
+            Ok(end) if end - since <= self.redo_bound(hold) => Ok(None),
             // What is left is as short as rounds can make it: recovery takes a little longer.
             Ok(_) if rounds >= PAGE_ROUNDS_MAX => Ok(None),
             Err(failure) if rounds >= PAGE_ROUNDS_MAX => Err(failure),
@@ -468,11 +477,8 @@ impl InnodbSnapshot {
         let mut session = self.shared.server.connect()?;
         let flush = session.execute("FLUSH NO_WRITE_TO_BINLOG ENGINE LOGS");
         flush.map_err(|e| e.failure("flush the redo log"))?;
-        let flushed = session.lsn().map_err(|e| e.failure("ask for the log sequence number"))?;
-        if flushed.flushed < lsn {
-            let text = format!("redo is flushed to LSN {}, the point is {lsn}", flushed.flushed);
-            return Err(Failure::new(Code::Aborted, "REDO_NOT_FLUSHED", text));
-        }
+        // With innodb_flush_log_at_trx_commit other than 1 this only writes the log; the server
+        // flushes it within innodb_flush_log_at_timeout.
         hold.wait_for(lsn, told)?;
         let redo = RedoFile::compose(hold, lsn)?;
         let log = redo_file::attributes(&self.tree)?;
