@@ -1,33 +1,36 @@
-//! Clones of live MariaDB servers under a write load: the clone starts by the stock server's crash
-//! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
+//! A live server, its load, a donor beside it and a recipient; and all that is checked of a clone.
 
 use std::path::{Path, PathBuf};
 
-use marcot_proto::recipient::v1::{Clone, State};
+use marcot_proto::recipient::v1::{CloneStatementRequest, State};
 use marcot_tests::{
-    Donor, Recipient, clone_and_wait,
-    load::{self, Load, LoadOptions, check_copy, ledger_in_binlog},
+    Donor, Recipient,
+    client::wait_for_end,
+    clone_and_wait,
+    load::{self, Load, check_copy, ledger_in_binlog},
     mariadb::{self, MariaDb, Options, Version},
-    new_directory, recipient,
+    new_directory, recipient, wait_for,
 };
 
-const WRITERS: usize = 4;
+/// Writers of every load here.
+pub(crate) const WRITERS: usize = 4;
 
 /// A primary with a load's tables, a donor beside it, and a recipient.
-struct Live {
-    home: tempfile::TempDir,
-    options: Options,
-    server: MariaDb,
-    donor: Donor,
-    recipient: Recipient,
+pub(crate) struct Live {
+    pub(crate) options: Options,
+    pub(crate) server: MariaDb,
+    pub(crate) donor: Donor,
+    pub(crate) recipient: Recipient,
+    /// Last: what is in it is shown when a test fails.
+    pub(crate) home: tempfile::TempDir,
 }
 
 /// The privileges that docs/operations.md lists.
-const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
+pub(crate) const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
     GRANT RELOAD, BINLOG MONITOR, PROCESS, SLAVE MONITOR ON *.* TO marcot@localhost;";
 
 impl Live {
-    fn start(version: Version, arguments: &[&str], bytes: u64) -> Self {
+    pub(crate) fn start(version: Version, arguments: &[&str], bytes: u64) -> Self {
         let home = new_directory();
         let data = home.path().join("data");
         let here = home.path().display().to_string();
@@ -44,27 +47,41 @@ impl Live {
         Self { home, options, server, donor, recipient }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
-    async fn clone_to(&self, name: &str) -> Clone {
-        let mut client = recipient(&self.recipient).await;
-        let statement = self.donor.statement(&self.path(name), "");
-        let clone = clone_and_wait(&mut client, &statement).await;
-        assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
-        clone
+    /// The server's log sequence number: bytes of redo written so far.
+    pub(crate) fn lsn(&self) -> u64 {
+        let row = self.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_lsn_current'");
+        row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
     }
 
     /// Starts the stock server on a clone.
-    fn start_clone(&self, name: &str) -> MariaDb {
+    pub(crate) fn start_clone(&self, name: &str) -> MariaDb {
         MariaDb::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
     }
 
     /// A clone under load, checked in every way there is.
-    async fn clone_and_check(&self, name: &str, load: Load) {
+    pub(crate) async fn clone_and_check(&self, name: &str, load: Load) {
+        self.clone_with(name, load, |_| ()).await;
+    }
+
+    /// As `clone_and_check`; `meanwhile` runs while the clone is under way and its recipient is
+    /// frozen.
+    pub(crate) async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
         let before = load.acknowledged();
-        let clone = self.clone_to(name).await;
+        let mut client = recipient(&self.recipient).await;
+        let statement = self.donor.statement(&self.path(name), "");
+        let request = CloneStatementRequest { statement, ..Default::default() };
+        let started = client.clone_statement(request).await.expect("the clone is accepted");
+        let started = started.into_inner().clone.expect("a clone");
+        wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
+        self.recipient.0.freeze();
+        meanwhile(&load);
+        self.recipient.0.thaw();
+        let clone = wait_for_end(&mut client, &started.name).await;
+        assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
         let ended = load.acknowledged();
         load.wait_for_commits(50);
         let report = load.stop();
@@ -87,7 +104,7 @@ impl Live {
     }
 }
 
-fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+pub(crate) fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
     let password = home.join("password");
     std::fs::write(&password, "secret\n").expect("a writable home");
     let (socket, password) =
@@ -99,34 +116,4 @@ fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
         ["--database-password-file", &password],
     ];
     Donor::start(home, data, &options.concat())
-}
-
-/// A clone of a busy server, in both versions.
-///
-/// Guards the engine as a whole: position, redo and pages fit one another.
-async fn a_busy_server_is_cloned(version: Version) {
-    let live = Live::start(version, &[], 40 << 20);
-    let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
-    load.wait_for_commits(200);
-    live.clone_and_check("clone", load).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_busy_mariadb_10_11_is_cloned() {
-    a_busy_server_is_cloned(Version::V10_11).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_busy_mariadb_11_8_is_cloned() {
-    a_busy_server_is_cloned(Version::V11_8).await;
-}
-
-/// Tables come and go, are renamed, truncated and altered while they are copied.
-#[tokio::test(flavor = "multi_thread")]
-async fn tables_that_come_and_go_arrive_as_they_are_at_the_point() {
-    let live = Live::start(Version::V10_11, &[], 40 << 20);
-    let options = LoadOptions { writers: WRITERS, ddl: true, ..Default::default() };
-    let load = Load::start(&live.server, options);
-    load.wait_for_commits(200);
-    live.clone_and_check("clone", load).await;
 }
