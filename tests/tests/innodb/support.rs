@@ -6,7 +6,6 @@ use marcot_proto::recipient::v1::{CloneStatementRequest, State};
 use marcot_tests::{
     Donor, Recipient,
     client::wait_for_end,
-    clone_and_wait,
     load::{self, Load, check_copy, ledger_in_binlog},
     mariadb::{self, MariaDb, Options, Version},
     new_directory, recipient, wait_for,
@@ -99,7 +98,7 @@ impl Live {
         assert!(copy.log().contains(&format!("End of log at LSN={}", point.lsn)), "{}", copy.log());
         copy.replicate(&self.server, &point.gtid_executed);
         copy.catch_up(&self.server);
-        assert_eq!(copy.replicated_checksums(), self.server.replicated_checksums());
+        copy.assert_replicates(&self.server);
         copy.stop();
     }
 }
