@@ -148,7 +148,10 @@ fn every_change_is_found(spaces: &[Tablespace]) {
                 }
             }
             let moved = space.format.check(page, number + 1).unwrap_err();
-            assert!(moved.to_string().contains("is expected"), "{shown}, page {number}: {moved}");
+            assert!(
+                moved.to_string().contains("it was read as page"),
+                "{shown}, page {number}: {moved}"
+            );
             moves += 1;
             let has_sum = matches!(state, PageState::Valid { .. });
             if let Some(last) = last.filter(|_| has_sum && page.len() >= 4096) {
@@ -178,7 +181,7 @@ fn every_change_is_found(spaces: &[Tablespace]) {
             });
             if let Some((number, page)) = foreign {
                 let found = space.format.check(page, number).unwrap_err();
-                assert!(found.to_string().contains("of space"), "{shown}: {found}");
+                assert!(found.to_string().contains("of tablespace"), "{shown}: {found}");
             }
         }
     }

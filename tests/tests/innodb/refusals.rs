@@ -111,8 +111,8 @@ async fn wrong_pages_fail_the_clone_and_are_named() {
     for (name, wrong, text) in [
         ("a flipped bit", flipped, "checksum"),
         ("a torn page", torn, "checksum"),
-        ("a misplaced page", page(&t, 71), "it is page 71, page 70 is expected"),
-        ("another table's page", page(&u, 70), "it is of space"),
+        ("a misplaced page", page(&t, 71), "says that it is page 71, it was read as page 70"),
+        ("another table's page", page(&u, 70), "says that it is of tablespace"),
     ] {
         t.write_all_at(&wrong, 70 * 16384).expect("the file is writable");
         eprintln!("{name}");
