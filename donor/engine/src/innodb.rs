@@ -22,6 +22,7 @@ mod late;
 mod log_file;
 mod point;
 mod redo_file;
+mod sabotage;
 mod server;
 mod snapshot;
 mod stash;

@@ -4,4 +4,3 @@
 mod matrix;
 mod refusals;
 mod replicas;
-mod support;

@@ -1,12 +1,11 @@
 //! One story for each kind of server and of change that the copy must carry.
 
 use marcot_tests::{
+    live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
     wait_for,
 };
-
-use crate::support::{Live, WRITERS};
 
 /// Enough for several rounds of the redo log, small enough for CI.
 const BYTES: u64 = 40 << 20;

@@ -2,12 +2,11 @@
 
 use marcot_tests::{
     Donor, Recipient, clone_error,
+    live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
     recipient,
 };
-
-use crate::support::{Live, WRITERS};
 
 async fn error(live: &Live, donor: &Donor) -> marcot_proto::common::v1::Failure {
     let recipient_of = Recipient::start(live.home.path(), &[]);
@@ -67,7 +66,7 @@ async fn a_data_directory_of_another_server_is_refused() {
     let live = Live::start(Version::V10_11, &[], 1 << 20);
     let other = live.path("other");
     marcot_tests::mariadb::install(&other);
-    let donor = crate::support::donor(live.home.path(), &other, &live.server);
+    let donor = marcot_tests::live::donor(live.home.path(), &other, &live.server);
     let failure = error(&live, &donor).await;
     assert_eq!(failure.reason, "OTHER_DATA_DIRECTORY", "{failure:?}");
 }
@@ -89,7 +88,7 @@ async fn wrong_pages_fail_the_clone_and_are_named() {
     live.server.stop();
     live.server =
         marcot_tests::mariadb::MariaDb::start_with(live.home.path(), &data, &live.options);
-    live.donor = crate::support::donor(live.home.path(), &data, &live.server);
+    live.donor = marcot_tests::live::donor(live.home.path(), &data, &live.server);
     let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
     load.wait_for_commits(100);
     let open = |name: &str| {

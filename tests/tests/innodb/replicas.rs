@@ -2,12 +2,11 @@
 
 use marcot_tests::{
     clone_and_wait,
+    live::{GRANTS, Live, WRITERS, donor},
     load::{Load, LoadOptions, check_copy},
     mariadb::{self, MariaDb, Options, Version},
     recipient,
 };
-
-use crate::support::{GRANTS, Live, WRITERS, donor};
 
 /// Guards R4: the SQL threads rest for the cut, so no event group is half applied and none is
 /// prepared; and they run again afterwards. The clone of the replica is attached to the primary.

@@ -35,6 +35,7 @@ use super::{
     page::{PageFormat, doublewrite_pages},
     point::{self, INFO_NAME},
     redo_file::{self, RedoFile},
+    sabotage,
     server::{Facts, Session, check_privileges},
     stash::{Stash, StashReader, Stashed},
     survey::{Mark, Survey},
@@ -565,15 +566,11 @@ impl InnodbSnapshot {
             return Ok(Cut::TooMuch(Box::new(relisted)));
         }
         let mut stash = Stash::create(&self.shared.spool_directory, self.shared.quota)?;
+        let is_late = |path: &RelativePath| {
+            sabotage::is("page-after-point") && path.as_bytes().starts_with(b"bank/")
+        };
         let mut stashed = HashMap::new();
-        for record in relisted.list.records.read_from(0)? {
-            let record = record?;
-            if record.entry.content_bytes() > 0 {
-                let mut reader = self.reader(&record, None)?;
-                stashed.insert(record.entry.file_id, stash.take(reader.as_mut())?);
-                lock.keep_alive()?;
-            }
-        }
+        self.stash(&relisted, &mut stash, &mut stashed, lock, |path| !is_late(path))?;
         let mut late = LateFiles::read(&self.tree, late, &mut stash)?;
         let root = walk::root_attributes(&self.tree)?;
         let commit_begun = Instant::now();
@@ -584,6 +581,22 @@ impl InnodbSnapshot {
             .map_err(|e| e.failure("read the coordinates"))?;
         lock.end()?;
         let ended = Instant::now();
+        let coordinates = match sabotage::is("late-coordinates") {
+            true => {
+                std::thread::sleep(Duration::from_millis(200));
+                let late = point::coordinates(lock.session(), &self.facts);
+                let late = late.map_err(|e| e.failure("read the coordinates"))?;
+                Coordinates { lsn: coordinates.lsn, ..late }
+            }
+            false => coordinates,
+        };
+        if sabotage::is("page-after-point") {
+            for _ in 0..30 {
+                std::thread::sleep(Duration::from_millis(100));
+                lock.keep_alive()?;
+            }
+            self.stash(&relisted, &mut stash, &mut stashed, lock, is_late)?;
+        }
         drop(resting);
         tracing::info!(
             lsn = coordinates.lsn,
@@ -597,6 +610,26 @@ impl InnodbSnapshot {
         );
         let point = self.finish(&relisted, late, stash, stashed, coordinates, root, hold, told);
         Ok(point?)
+    }
+
+    /// Reads at once what a list asks for of the paths that `takes` names.
+    fn stash(
+        &self,
+        relisted: &Relisted,
+        stash: &mut Stash,
+        stashed: &mut HashMap<FileId, Stashed>,
+        lock: &mut BackupLock,
+        takes: impl Fn(&RelativePath) -> bool,
+    ) -> Result<(), Failure> {
+        for record in relisted.list.records.read_from(0)? {
+            let record = record?;
+            if record.entry.content_bytes() > 0 && takes(&record.entry.path) {
+                let mut reader = self.reader(&record, None)?;
+                stashed.insert(record.entry.file_id, stash.take(reader.as_mut())?);
+                lock.keep_alive()?;
+            }
+        }
+        Ok(())
     }
 
     /// After the locks: redo up to the point, and the list of all that was read under them.
@@ -663,8 +696,9 @@ impl InnodbSnapshot {
         for change in changes {
             writer.append(&mut change?)?;
         }
+        let list = writer.finish()?;
         let point = Point { coordinates, stashed, redo_id, redo, totals, root };
-        Ok(Cut::Made(Box::new((writer.finish()?, point))))
+        Ok(Cut::Made(Box::new((list, point))))
     }
 
     /// A reader of a listed file.

@@ -2,34 +2,40 @@
 
 use std::path::{Path, PathBuf};
 
-use marcot_proto::recipient::v1::{CloneStatementRequest, State};
-use marcot_tests::{
+use crate::{
     Donor, Recipient,
     client::wait_for_end,
     load::{self, Load, check_copy, ledger_in_binlog},
     mariadb::{self, MariaDb, Options, Version},
     new_directory, recipient, wait_for,
 };
+use marcot_proto::recipient::v1::{Clone, CloneStatementRequest, State};
 
 /// Writers of every load here.
-pub(crate) const WRITERS: usize = 4;
+pub const WRITERS: usize = 4;
 
 /// A primary with a load's tables, a donor beside it, and a recipient.
-pub(crate) struct Live {
-    pub(crate) options: Options,
-    pub(crate) server: MariaDb,
-    pub(crate) donor: Donor,
-    pub(crate) recipient: Recipient,
+pub struct Live {
+    /// How the server was started.
+    pub options: Options,
+    /// The primary.
+    pub server: MariaDb,
+    /// Beside it.
+    pub donor: Donor,
+    /// Where clones are asked for.
+    pub recipient: Recipient,
     /// Last: what is in it is shown when a test fails.
-    pub(crate) home: tempfile::TempDir,
+    pub home: tempfile::TempDir,
 }
 
 /// The privileges that docs/operations.md lists.
-pub(crate) const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
+pub const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
     GRANT RELOAD, BINLOG MONITOR, PROCESS, SLAVE MONITOR ON *.* TO marcot@localhost;";
 
 impl Live {
-    pub(crate) fn start(version: Version, arguments: &[&str], bytes: u64) -> Self {
+    /// Starts all of it. In arguments of the server `{home}` stands for the directory of it all.
+    #[must_use]
+    pub fn start(version: Version, arguments: &[&str], bytes: u64) -> Self {
         let home = new_directory();
         let data = home.path().join("data");
         let here = home.path().display().to_string();
@@ -42,37 +48,56 @@ impl Live {
         drop(server.query(GRANTS));
         load::prepare(&server, bytes);
         let donor = donor(home.path(), &data, &server);
-        let recipient = Recipient::start(home.path(), &[]);
-        Self { home, options, server, donor, recipient }
+        // CLONE LOCAL reads the same server.
+        let directory = data.display().to_string();
+        let options_of_local =
+            [vec!["--data-directory".to_owned(), directory], engine_options(home.path(), &server)];
+        let options_of_local = options_of_local.concat();
+        let borrowed: Vec<&str> = options_of_local.iter().map(String::as_str).collect();
+        let recipient = Recipient::start(home.path(), &borrowed);
+        Self { options, server, donor, recipient, home }
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    /// A path in the directory of it all.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
     /// The server's log sequence number: bytes of redo written so far.
-    pub(crate) fn lsn(&self) -> u64 {
+    #[must_use]
+    pub fn lsn(&self) -> u64 {
         let row = self.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_lsn_current'");
         row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
     }
 
     /// Starts the stock server on a clone.
-    pub(crate) fn start_clone(&self, name: &str) -> MariaDb {
+    #[must_use]
+    pub fn start_clone(&self, name: &str) -> MariaDb {
         MariaDb::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
     }
 
+    /// The statement that clones to a directory, locally or from the donor.
+    #[must_use]
+    pub fn statement(&self, name: &str, is_local: bool) -> String {
+        if is_local {
+            return format!("CLONE LOCAL DATA DIRECTORY = '{}'", self.path(name).display());
+        }
+        self.donor.statement(&self.path(name), "")
+    }
+
     /// A clone under load, checked in every way there is.
-    pub(crate) async fn clone_and_check(&self, name: &str, load: Load) {
+    pub async fn clone_and_check(&self, name: &str, load: Load) {
         self.clone_with(name, load, |_| ()).await;
     }
 
     /// As `clone_and_check`; `meanwhile` runs while the clone is under way and its recipient is
     /// frozen.
-    pub(crate) async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
+    pub async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
         let before = load.acknowledged();
         let mut client = recipient(&self.recipient).await;
-        let statement = self.donor.statement(&self.path(name), "");
-        let request = CloneStatementRequest { statement, ..Default::default() };
+        let request =
+            CloneStatementRequest { statement: self.statement(name, false), ..Default::default() };
         let started = client.clone_statement(request).await.expect("the clone is accepted");
         let started = started.into_inner().clone.expect("a clone");
         wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
@@ -85,13 +110,19 @@ impl Live {
         load.wait_for_commits(50);
         let report = load.stop();
         eprintln!("{report:?}");
+        self.check(name, &clone, &before, &ended);
+    }
+
+    /// Checks a clone whose load has ended: it starts, holds what was acknowledged before it and
+    /// nothing that was begun after it, agrees with the binary log, and catches up as a replica.
+    pub fn check(&self, name: &str, clone: &Clone, before: &[u64], ended: &[u64]) {
         let copy = self.start_clone(name);
         let held = check_copy(&copy, WRITERS);
         for writer in 0..WRITERS {
             let (least, most) = (before[writer], ended[writer] + 1);
             assert!((least..=most).contains(&held[writer]), "{least}..={most}: {}", held[writer]);
         }
-        let point = clone.coordinates.expect("a live clone has coordinates");
+        let point = clone.coordinates.as_ref().expect("a live clone has coordinates");
         let file = String::from_utf8_lossy(&point.binlog_file).into_owned();
         let logged = ledger_in_binlog(&self.path("data"), &file, point.binlog_position);
         assert_eq!(held.iter().sum::<u64>(), logged, "ledger rows, and those in the binary log");
@@ -103,7 +134,8 @@ impl Live {
     }
 }
 
-pub(crate) fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+/// Options of engine innodb for a server.
+fn engine_options(home: &Path, server: &MariaDb) -> Vec<String> {
     let password = home.join("password");
     std::fs::write(&password, "secret\n").expect("a writable home");
     let (socket, password) =
@@ -114,5 +146,13 @@ pub(crate) fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
         ["--database-user", "marcot"],
         ["--database-password-file", &password],
     ];
-    Donor::start(home, data, &options.concat())
+    options.concat().into_iter().map(str::to_owned).collect()
+}
+
+/// A donor of a server's data directory.
+#[must_use]
+pub fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+    let options = engine_options(home, server);
+    let borrowed: Vec<&str> = options.iter().map(String::as_str).collect();
+    Donor::start(home, data, &borrowed)
 }
