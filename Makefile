@@ -9,6 +9,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 help:
 	@echo "make demo                   clone a sample directory over TLS, and check the copy"
+	@echo "make demo ENGINE=mariadb    clone a live MariaDB, attach the clone as a replica"
 	@echo "make test                   install what the tests need, then run all tests"
 	@echo "make lint                   fmt, clippy, docs, cargo-deny, buf"
 	@echo "make compare [PLANT=1]      clone a tree of every kind of entry three ways and compare"
@@ -17,8 +18,13 @@ help:
 	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
+ENGINE ?= files
 demo:
-	@tests/tools/demo.sh
+	@case "$(ENGINE)" in \
+	  files) tests/tools/demo.sh ;; \
+	  mariadb) tests/tools/demo_mariadb.sh ;; \
+	  *) echo "make demo: ENGINE is '$(ENGINE)', files and mariadb are there" >&2; exit 1 ;; \
+	esac
 
 test:
 	@tests/tools/setup.sh test
