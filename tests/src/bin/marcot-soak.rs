@@ -20,7 +20,7 @@ use marcot_proto::{
         AdvanceStageRequest, CloseSnapshotRequest, OpenSnapshotRequest, Outcome,
         advance_stage_response::Step, donor_service_client::DonorServiceClient,
     },
-    recipient::v1::{CloneStatementRequest, State},
+    recipient::v1::{CloneStatementRequest, GetCloneRequest, State},
 };
 use marcot_tests::{
     client::wait_for_end,
@@ -85,7 +85,16 @@ async fn one_clone(live: &Live, round: u64, is_local: bool) -> Result<String, St
         CloneStatementRequest { statement: live.statement(&name, is_local), ..Default::default() };
     let started = client.clone_statement(request).await.map_err(|e| e.to_string())?;
     let clone = started.into_inner().clone.unwrap();
-    rest(live, &load).await;
+    loop {
+        let request = GetCloneRequest { name: clone.name.clone() };
+        let now = client.get_clone(request).await.map_err(|e| e.to_string())?.into_inner();
+        let now = now.clone.unwrap();
+        if now.end_time.is_some() || now.stages.iter().any(|stage| stage.data_bytes > 0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    rest(live, &load);
     let clone = wait_for_end(&mut client, &clone.name).await;
     let took = begun.elapsed();
     let during_rate = (load.commits() - commits) as f64 / took.as_secs_f64();
@@ -116,11 +125,10 @@ async fn one_clone(live: &Live, round: u64, is_local: bool) -> Result<String, St
     ))
 }
 
-/// Freezes the recipient for a while, so that pages and redo are of different moments: a copy made
+/// Freezes the recipient, which has begun to copy, for a while, so that pages and redo are of different moments: a copy made
 /// in one go passes with redo that is wrong.
-async fn rest(live: &Live, load: &Load) {
+fn rest(live: &Live, load: &Load) {
     let pause = Duration::from_secs(number("PAUSE", 1));
-    tokio::time::sleep(Duration::from_millis(300)).await;
     live.recipient.0.freeze();
     let end = Instant::now() + pause;
     while Instant::now() < end {
