@@ -152,7 +152,14 @@ fn engine_options(home: &Path, server: &MariaDb) -> Vec<String> {
 /// A donor of a server's data directory.
 #[must_use]
 pub fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+    donor_with(home, data, server, &[])
+}
+
+/// As `donor`, with more options.
+#[must_use]
+pub fn donor_with(home: &Path, data: &Path, server: &MariaDb, more: &[&str]) -> Donor {
     let options = engine_options(home, server);
-    let borrowed: Vec<&str> = options.iter().map(String::as_str).collect();
+    let borrowed: Vec<&str> =
+        options.iter().map(String::as_str).chain(more.iter().copied()).collect();
     Donor::start(home, data, &borrowed)
 }

@@ -1,6 +1,7 @@
 //! Clones of live MariaDB servers under a write load: the clone starts by the stock server's crash
 //! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
 
+mod faults;
 mod matrix;
 mod refusals;
 mod replicas;
