@@ -36,14 +36,11 @@ pub(super) fn check(format: &PageFormat, page: &[u8], number: u32) -> Result<Pag
         return page_compressed::check(format, page, page_type, number);
     }
     // The trailer is never encrypted.
-    let (head, tail) = (u32_at(page, LSN + 4), u32_at(page, page.len() - 4));
-    if head != tail {
-        return Err(PageError::Torn { head, tail });
-    }
+    check_trailer(page)?;
     let state = if seems_encrypted(page, number) && encrypted_checksum_is_right(page) {
         valid(page)
     } else {
-        check_plain(page)?
+        check_checksums(page)?
     };
     format.check_number(page, number)?;
     format.check_space_id(page)?;
@@ -85,7 +82,21 @@ fn encrypted_checksum_is_right(page: &[u8]) -> bool {
     stored == legacy_crc32(page) || stored == innodb_new(page)
 }
 
-fn check_plain(page: &[u8]) -> Result<PageState, PageError> {
+/// A page as it is in memory: neither encrypted nor page_compressed.
+pub(super) fn check_plain(page: &[u8]) -> Result<PageState, PageError> {
+    check_trailer(page)?;
+    check_checksums(page)
+}
+
+fn check_trailer(page: &[u8]) -> Result<(), PageError> {
+    let (head, tail) = (u32_at(page, LSN + 4), u32_at(page, page.len() - 4));
+    if head != tail {
+        return Err(PageError::Torn { head, tail });
+    }
+    Ok(())
+}
+
+fn check_checksums(page: &[u8]) -> Result<PageState, PageError> {
     let (head, tail) = (u32_at(page, 0), u32_at(page, page.len() - TRAILER_BYTES));
     let crc32 = legacy_crc32(page);
     if head == crc32 && tail == crc32 {
