@@ -14,6 +14,7 @@ help:
 	@echo "make compare [PLANT=1]      clone a tree of every kind of entry three ways and compare"
 	@echo "make clients                drive both services by grpcio and grpcurl"
 	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
+	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
 demo:
@@ -42,6 +43,10 @@ descriptor:
 	@tests/tools/setup.sh lint
 	@tests/tools/descriptor.sh
 
-soak crash-matrix faults fuzz test-mysql deploy-test audit:
+soak:
+	@tests/tools/setup.sh test
+	@tests/tools/soak.sh
+
+crash-matrix faults fuzz test-mysql deploy-test audit:
 	@echo "make $@: not available yet" >&2
 	@exit 1

@@ -16,6 +16,7 @@ pub mod login;
 pub mod os;
 pub mod path;
 pub mod position;
+pub mod replication;
 pub mod server;
 pub mod shutdown;
 pub mod spool;

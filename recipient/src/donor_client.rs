@@ -18,7 +18,7 @@ use marcot_common::{
     time::duration_to_wire,
     wire,
 };
-use marcot_engine::Advanced;
+use marcot_engine::{Advanced, SnapshotOptions};
 use marcot_proto::{
     auth::v1::auth_service_client::AuthServiceClient,
     common::v1 as pbc,
@@ -80,6 +80,7 @@ impl DonorSource {
     /// Connects, logs in, and opens a snapshot.
     pub async fn open(
         request: &DonorRequest,
+        snapshot: &SnapshotOptions,
         settings: &Settings,
         clone_id: &str,
         job: Option<&CloneJob>,
@@ -116,6 +117,8 @@ impl DonorSource {
             lease_duration: Some(duration_to_wire(LEASE)),
             request_id: uuid::Uuid::new_v4().to_string(),
             clone: format!("clones/{clone_id}"),
+            block_ddl: snapshot.block_ddl,
+            ddl_timeout: snapshot.ddl_timeout.map(duration_to_wire),
             ..pb::OpenSnapshotRequest::default()
         };
         let opened = call("OpenSnapshot", OPEN_TIMEOUT, client.open_snapshot(open)).await?;

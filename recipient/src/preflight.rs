@@ -161,9 +161,9 @@ pub async fn inspect(
     let mut findings = Findings::default();
     target::check(request, settings, &mut findings);
     let source = match &request.source {
-        SourceRequest::Local => open_local(settings, &mut findings).await,
+        SourceRequest::Local => open_local(request, settings, &mut findings).await,
         SourceRequest::Donor(donor) => {
-            let opened = DonorSource::open(donor, settings, clone_id, job).await;
+            let opened = DonorSource::open(donor, &request.snapshot, settings, clone_id, job).await;
             match opened {
                 Ok(source) => {
                     findings.passed("donor", format!("{} answers", request.source_name()));
@@ -192,7 +192,11 @@ pub async fn inspect(
     Report { findings, source }
 }
 
-async fn open_local(settings: &Settings, findings: &mut Findings) -> Option<Arc<dyn Source>> {
+async fn open_local(
+    request: &CloneRequest,
+    settings: &Settings,
+    findings: &mut Findings,
+) -> Option<Arc<dyn Source>> {
     const CHECK: &str = "data_directory";
     let Some(config) = settings.engine.clone() else {
         let failure = Failure::precondition(
@@ -203,7 +207,9 @@ async fn open_local(settings: &Settings, findings: &mut Findings) -> Option<Arc<
         findings.failed(CHECK, failure);
         return None;
     };
-    let opened = async { LocalSource::open(blocking(move || open_engine(&config)).await?).await };
+    let options = request.snapshot.clone();
+    let opened =
+        async { LocalSource::open(blocking(move || open_engine(&config)).await?, options).await };
     match opened.await {
         Ok(source) => {
             findings.passed(CHECK, "the data directory can be read");

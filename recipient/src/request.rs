@@ -3,11 +3,16 @@
 use std::{
     ffi::OsStr,
     fmt,
+    ops::RangeInclusive,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use marcot_common::{connect::SslMode, failure::Failure, statement::Statement};
+use marcot_common::{
+    connect::SslMode, failure::Failure, statement::Statement, time::duration_from_wire,
+};
+use marcot_engine::SnapshotOptions;
 use marcot_proto::recipient::v1 as pb;
 use zeroize::Zeroizing;
 
@@ -26,6 +31,8 @@ pub struct CloneRequest {
     pub owner: Owner,
     /// Streams.
     pub concurrency: usize,
+    /// For the donor's engine.
+    pub snapshot: SnapshotOptions,
     /// The caller's id.
     pub request_id: String,
     /// The statement that says the same, its secret hidden.
@@ -212,6 +219,7 @@ impl CloneRequest {
         Ok(Self {
             owner: owner(&options)?,
             concurrency: concurrency(&options, settings)?,
+            snapshot: snapshot_options(&options)?,
             request_id: options.request_id,
             source,
             target,
@@ -232,6 +240,9 @@ impl CloneRequest {
         }
     }
 }
+
+/// Waits for the backup locks that may be asked for; the longest ends before a call is given up.
+const DDL_TIMEOUTS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
 
 fn describe(source: &SourceRequest, target: &Path, replaces: bool) -> String {
     let directory = (!replaces).then(|| target.to_string_lossy().into_owned());
@@ -272,6 +283,17 @@ fn compression_level(compression: Option<pb::Compression>) -> Result<Option<i32>
         ));
     }
     Ok(Some(if level == 0 { 1 } else { level }))
+}
+
+fn snapshot_options(options: &pb::CloneOptions) -> Result<SnapshotOptions, Failure> {
+    let ddl_timeout = options.ddl_timeout.map(duration_from_wire).transpose()?;
+    if let Some(wait) = ddl_timeout.filter(|wait| !DDL_TIMEOUTS.contains(wait)) {
+        return Err(Failure::invalid(
+            "BAD_DDL_TIMEOUT",
+            format!("ddl_timeout is {wait:?}, {DDL_TIMEOUTS:?} are allowed"),
+        ));
+    }
+    Ok(SnapshotOptions { block_ddl: options.block_ddl, ddl_timeout })
 }
 
 fn concurrency(options: &pb::CloneOptions, settings: &Settings) -> Result<usize, Failure> {

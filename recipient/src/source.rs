@@ -53,8 +53,8 @@ pub struct LocalSource {
 
 impl LocalSource {
     /// Opens a snapshot.
-    pub async fn open(engine: Arc<dyn Engine>) -> Result<Self, Failure> {
-        let open = move || engine.open(&SnapshotOptions::default());
+    pub async fn open(engine: Arc<dyn Engine>, options: SnapshotOptions) -> Result<Self, Failure> {
+        let open = move || engine.open(&options);
         let snapshot = blocking(open).await?;
         Ok(Self { snapshot: Arc::from(snapshot) })
     }

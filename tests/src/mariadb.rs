@@ -15,7 +15,7 @@ use crate::wait_for;
 /// A server program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// Debian 12's own.
+    /// Debian 12's own, from a tree as well.
     V10_11,
     /// Debian trixie's, from the tree that `tests/tools/server_tree.sh` makes.
     V11_8,
@@ -36,7 +36,7 @@ impl Version {
 
     fn share(self) -> PathBuf {
         match self {
-            Self::V10_11 => PathBuf::from("/usr/share/mysql"),
+            Self::V10_11 => self.tree().join("usr/share/mysql"),
             Self::V11_8 => self.tree().join("usr/share/mariadb"),
         }
     }
@@ -52,17 +52,18 @@ impl Version {
     }
 
     fn command(self) -> Command {
-        let mut command = match self {
-            Self::V10_11 => Command::new("/usr/sbin/mariadbd"),
-            Self::V11_8 => {
-                let tree = self.tree();
-                // The tree's own loader and libraries: its glibc is newer than this machine's.
-                let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
-                let libraries = tree.join("usr/lib/x86_64-linux-gnu");
-                command.arg("--library-path").arg(libraries).arg(tree.join("usr/sbin/mariadbd"));
-                command
-            }
-        };
+        let tree = self.tree();
+        // The tree's own loader and libraries: its glibc may be newer than this machine's. Before
+        // trixie the loader and some libraries were not below usr.
+        let loader = ["usr/lib64", "lib64", "lib/x86_64-linux-gnu"]
+            .map(|directory| tree.join(directory).join("ld-linux-x86-64.so.2"))
+            .into_iter()
+            .find(|path| path.exists())
+            .expect("the tree has a loader: `make test` makes the tree");
+        let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
+            .map(|directory| tree.join(directory).display().to_string());
+        let mut command = Command::new(loader);
+        command.arg("--library-path").arg(libraries.join(":")).arg(tree.join("usr/sbin/mariadbd"));
         command.args(["--no-defaults", "--user=root"]);
         command.arg(format!("--lc-messages-dir={}", self.share().display()));
         command.arg(format!("--plugin-dir={}", self.plugins().display()));
@@ -317,6 +318,23 @@ impl MariaDb {
         let all = self.checksums();
         let lines = all.lines().filter(|line| !OWN.iter().any(|own| line.starts_with(own)));
         lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Fails, and names the tables, unless this replica holds what `primary` holds.
+    ///
+    /// Where checksums differ the rows decide: CHECKSUM TABLE of a table with virtual columns may
+    /// differ from one server to the next with all rows the same.
+    pub fn assert_replicates(&self, primary: &Self) {
+        let (own, other) = (self.replicated_checksums(), primary.replicated_checksums());
+        assert_eq!(own.lines().count(), other.lines().count(), "{own}\n--- primary\n{other}");
+        for (line, _) in own.lines().zip(other.lines()).filter(|(a, b)| a != b) {
+            let table = line.split('\t').next().unwrap_or_default();
+            let rows = |server: &Self| server.query(&format!("SELECT * FROM {table} ORDER BY 1"));
+            let (own, other) = (rows(self), rows(primary));
+            let differ: Vec<_> = own.lines().zip(other.lines()).filter(|(a, b)| a != b).collect();
+            let first = differ.first();
+            assert!(own == other, "{table}: {} rows differ: {first:.600?}", differ.len());
+        }
     }
 
     /// What the server has logged.

@@ -93,11 +93,25 @@ impl Daemon {
         self.child.wait().expect("a child can be waited for");
     }
 
-    /// Asks it to end, and waits for its exit code.
-    pub fn terminate(&mut self) -> Option<i32> {
+    /// Stops it in its tracks until `thaw`.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.pid()).expect("a process id");
         let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("our own child");
+        rustix::process::kill_process(pid, signal).expect("our own child");
+    }
+
+    /// Asks it to end, and waits for its exit code.
+    pub fn terminate(&mut self) -> Option<i32> {
+        self.signal(rustix::process::Signal::TERM);
         wait_for("the daemon to end", || self.child.try_wait().expect("our own child")).code()
     }
 }

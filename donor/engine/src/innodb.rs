@@ -11,6 +11,7 @@
 //! The clone is a fuzzy copy of the tablespaces and the redo that makes it whole: the stock server
 //! starts on it by its ordinary crash recovery, as of T.
 
+pub mod frm;
 pub mod page;
 pub mod redo;
 
@@ -21,6 +22,7 @@ mod late;
 mod log_file;
 mod point;
 mod redo_file;
+mod sabotage;
 mod server;
 mod snapshot;
 mod stash;

@@ -1,8 +1,9 @@
 //! What can be typed.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use marcot_common::config::parse_duration;
 
 /// Clones a live database's data directory from a donor onto a recipient.
 #[derive(Debug, Parser)]
@@ -208,6 +209,12 @@ pub(super) struct StartOptions {
     /// Streams, 1 to 128 [default: the recipient's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
     pub(super) concurrency: Option<u32>,
+    /// Block DDL on the donor's server for the whole clone (clone_block_ddl).
+    #[arg(long)]
+    pub(super) block_ddl: bool,
+    /// Longest wait for the server's backup locks (clone_ddl_timeout) [default: 300s].
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub(super) ddl_timeout: Option<Duration>,
     /// An id of yours: the same id again is the same clone.
     #[arg(long, value_name = "ID")]
     pub(super) request_id: Option<String>,

@@ -1,6 +1,6 @@
 //! Results on standard output, as text or JSON; failures on standard error.
 
-use marcot_common::{accounts::Account, failure::Failure, time::system_time};
+use marcot_common::{accounts::Account, failure::Failure, replication, time::system_time};
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{Clone, Finding, FindingStatus, State, ValidateCloneResponse},
@@ -67,6 +67,12 @@ impl Output {
         say!("  {}", summary(clone));
         for (reason, count) in &clone.left_out {
             say!("  left out: {count} of kind {}", clean(reason));
+        }
+        if let Some(at) = &clone.coordinates {
+            let host = clone.source.rsplit_once(':').map_or("", |(host, _)| host);
+            for line in replication::statements(at, host.trim_matches(['[', ']'])) {
+                say!("  {}", clean(&line));
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use marcot_common::{
     failure::Failure,
     statement::{STATEMENT_BYTES_MAX, Statement},
+    time::duration_to_wire,
     tls::Fingerprint,
 };
 use marcot_proto::recipient::v1::{
@@ -101,6 +102,8 @@ impl StartOptions {
             request_id: self.request_id.clone().unwrap_or_default(),
             owner: self.owner.clone().unwrap_or_default(),
             preserve_owners: self.preserve_owners,
+            block_ddl: self.block_ddl,
+            ddl_timeout: self.ddl_timeout.map(duration_to_wire),
             limits: self.concurrency.map(|concurrency| CloneLimits {
                 concurrency_max: Some(concurrency),
                 ..CloneLimits::default()

@@ -45,6 +45,13 @@ pub(crate) fn refuse_running_server(tree: &Tree) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whether another process holds a lock on the file `name` in the top directory; `None` when that
+/// cannot be told.
+pub(crate) fn is_locked(tree: &Tree, name: &[u8]) -> Option<bool> {
+    let top = rustix::fs::openat(tree.root(), c".", LOOK_DIRECTORY, Mode::empty()).ok()?;
+    holder(top.as_fd(), name).ok().map(|holder| holder.is_some())
+}
+
 /// Names in the top directory that a server holds locked: InnoDB's system, undo, temporary and
 /// log files, MySQL's dictionary, tablespaces, Aria's control file.
 fn is_locked_by_servers(name: &[u8]) -> bool {

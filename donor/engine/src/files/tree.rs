@@ -110,7 +110,7 @@ pub(crate) struct Identity {
     pub(crate) modify_time: (i64, u32),
     pub(crate) change_time: (i64, u32),
     /// Not 0: a server writes the file while it is copied, and this number tells what it is. Size
-    /// and times are 0 then.
+    /// and ctime are 0 then, and mtime is the file's birth.
     pub(crate) live: u64,
 }
 
@@ -138,9 +138,10 @@ impl Identity {
         }
     }
 
-    /// Of a file that is written while it is copied: what changes with each write is left out.
-    pub(crate) fn live(self, what: u64) -> Self {
-        Self { size: 0, modify_time: (0, 0), change_time: (0, 0), live: what, ..self }
+    /// Of a file that is written while it is copied: what changes with each write is left out. Its
+    /// birth tells it from another file that has got the same inode since.
+    pub(crate) fn live(self, what: u64, birth: (i64, u32)) -> Self {
+        Self { size: 0, modify_time: birth, change_time: (0, 0), live: what, ..self }
     }
 
     /// Whether both are the same inode.

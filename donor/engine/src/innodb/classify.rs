@@ -207,7 +207,7 @@ impl Classifier {
         if self.is_log(name, &self.binlogs) {
             return Class::LeftOut("binary_log");
         }
-        if self.is_log(name, &self.relay_logs) {
+        if self.is_log(name, &self.relay_logs) || is_default_relay_log(name) {
             return Class::LeftOut("relay_log");
         }
         if self.is_replication_state(name) {
@@ -256,6 +256,17 @@ impl Classifier {
 /// `aria_log.` and eight digits.
 pub(super) fn is_aria_log(name: &[u8]) -> bool {
     name.strip_prefix(b"aria_log.").is_some_and(|n| n.len() == 8 && is_digits(n))
+}
+
+/// A relay log's name where the server was given none: HOST-relay-bin, for a replication connection
+/// its name, and a number.
+fn is_default_relay_log(name: &[u8]) -> bool {
+    let (stem, extension) = split_extension(name);
+    let infix = b"-relay-bin";
+    let found = stem.windows(infix.len()).position(|part| part == infix);
+    let rest = found.map(|at| &stem[at + infix.len()..]);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"-"))
+        && ((extension.len() >= 6 && is_digits(extension)) || extension == b"index")
 }
 
 fn is_digits(bytes: &[u8]) -> bool {

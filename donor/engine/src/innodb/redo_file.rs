@@ -9,6 +9,7 @@ use super::{
     follower::{Hold, RedoSpool},
     log_file::LOG_NAME,
     redo::{self, CHECKPOINT_OFFSETS, Checkpoint, MTR_BYTES_MAX, Parsed, START_OFFSET, TAIL_BYTES},
+    sabotage,
     tablespace::open_any,
 };
 use crate::{
@@ -39,6 +40,8 @@ impl RedoFile {
     pub(super) fn compose(hold: &Arc<Hold>, end: u64) -> Result<Self, Failure> {
         let checkpoint = hold.checkpoint;
         let spool = hold.spool();
+        let end =
+            if sabotage::is("old-redo") { earlier_end(&spool, checkpoint, end)? } else { end };
         check(&spool, checkpoint, end, hold.header.is_encrypted())?;
         Ok(Self {
             head: head(hold).into(),
@@ -62,6 +65,14 @@ impl RedoFile {
     pub(super) fn reader(&self) -> RedoReader {
         RedoReader(self.clone())
     }
+}
+
+/// Sabotage: the end of a mini-transaction well before `end`.
+fn earlier_end(spool: &RedoSpool, checkpoint: Checkpoint, end: u64) -> Result<u64, Failure> {
+    let half = checkpoint.end_lsn.max(checkpoint.lsn) + (end - checkpoint.end_lsn) / 2;
+    let mut bytes = vec![0; usize::try_from(half - checkpoint.lsn).unwrap_or(0)];
+    spool.read(checkpoint.lsn, &mut bytes)?;
+    Ok(checkpoint.lsn + redo::walk(&bytes, false).bytes as u64)
 }
 
 /// Header and checkpoint. The log starts at the checkpoint, so all of it is one lap.

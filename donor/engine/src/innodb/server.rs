@@ -202,6 +202,8 @@ pub(super) struct Lsn {
     pub(super) current: u64,
     /// End of what is on the disk.
     pub(super) flushed: u64,
+    /// The last checkpoint.
+    pub(super) checkpoint: u64,
 }
 
 impl Session {
@@ -235,6 +237,7 @@ impl Session {
             match row.text(0).to_ascii_lowercase().as_str() {
                 "innodb_lsn_current" => lsn.current = value,
                 "innodb_lsn_flushed" => lsn.flushed = value,
+                "innodb_lsn_last_checkpoint" => lsn.checkpoint = value,
                 _ => {}
             }
         }

@@ -9,10 +9,11 @@
 //! * What is not in a list is left out by a rule of `classify`, and counted.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     os::unix::fs::FileExt as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use marcot_common::{
@@ -30,9 +31,11 @@ use super::{
     cut::{self, BackupLock, LockError},
     follower::Hold,
     late::LateFiles,
+    log_file::LogFile,
     page::{PageFormat, doublewrite_pages},
     point::{self, INFO_NAME},
     redo_file::{self, RedoFile},
+    sabotage,
     server::{Facts, Session, check_privileges},
     stash::{Stash, StashReader, Stashed},
     survey::{Mark, Survey},
@@ -44,6 +47,7 @@ use crate::{
         clock,
         compare::{self, Base, Progress, Relisted},
         list::{List, ListWriter, Record},
+        lock,
         reader::ListedFile,
         tree::{Identity, Tree},
         walk,
@@ -63,8 +67,17 @@ const LEFT_FOR_LOCKS_BYTES: u64 = 32 << 20;
 /// Redo that is recovered in seconds, however small the server's log is.
 const REDO_BYTES: u64 = 64 << 20;
 
+/// Most looks at the checkpoint: it may move several times a second.
+const SAME_SERVER_LOOKS_MAX: u32 = 50;
+
 /// Most tries of a cut whose files do not come to rest.
 const CUTS_MAX: u32 = 5;
+
+/// Ids from here on are the server's own: the temporary tablespace (SRV_SPACE_ID_UPPER_BOUND).
+const TABLE_SPACES_END: u32 = 0xffff_fff0;
+
+/// Longest wait for a checkpoint: an idle server makes one within seconds.
+const CHECKPOINT_MAX: Duration = Duration::from_secs(120);
 
 const REDO: Position = Position { stage: Stage::RedoCopy, round: 1 };
 const DONE: Position = Position { stage: Stage::Done, round: 1 };
@@ -88,6 +101,10 @@ pub(super) struct InnodbSnapshot {
 #[derive(Debug)]
 struct Advancing {
     unsettled: u64,
+    /// Redo from before this LSN says that a tablespace is deleted which is there again by the same
+    /// id (IMPORT): recovery must begin after it.
+    replaced_at: u64,
+    spaces: Spaces,
     session: Option<Session>,
     /// DDL blocked for the whole clone.
     ddl: Option<cut::DdlBlock>,
@@ -121,6 +138,77 @@ struct Point {
     redo: RedoFile,
     totals: Totals,
     root: Attributes,
+}
+
+/// Takes note of tablespaces that are there again by an id that was given out before: imported
+/// ones, whose pages no redo carries.
+fn note_replaced(
+    advancing: &mut Advancing,
+    session: &mut Session,
+    relisted: &Relisted,
+) -> Result<(), Failure> {
+    if let Some(path) = advancing.spaces.first_replaced(relisted)? {
+        let lsn = session.lsn().map_err(|e| e.failure("ask for the log sequence number"))?;
+        tracing::info!(%path, lsn = lsn.current, "a tablespace was imported");
+        advancing.replaced_at = lsn.current;
+    }
+    Ok(())
+}
+
+/// Inode and birth of a file.
+type FileOf = (u64, (i64, u32));
+
+/// Tablespaces of a walk.
+#[derive(Debug, Default)]
+struct Spaces {
+    /// By id, the file that had it.
+    files: HashMap<u32, FileOf>,
+    /// Those whose first page was empty: their ids are not known yet.
+    unsettled: HashSet<FileOf>,
+    /// Tablespaces created later get higher ids.
+    last: u32,
+}
+
+impl Spaces {
+    /// Of a walk that began when the server knew tablespaces up to `last`.
+    fn of(base: &Base, last: u32) -> Result<Self, Failure> {
+        let mut spaces = Self { last, ..Self::default() };
+        for record in base.records.read_from(0)? {
+            let record = record?;
+            match Mark::of(record.identity.live) {
+                Mark::Settled(space) => {
+                    spaces.files.insert(space, Self::file(&record));
+                }
+                Mark::Unsettled => {
+                    spaces.unsettled.insert(Self::file(&record));
+                }
+                Mark::None => {}
+            }
+        }
+        Ok(spaces)
+    }
+
+    fn file(record: &Record) -> FileOf {
+        (record.identity.inode, record.identity.modify_time)
+    }
+
+    /// A listed tablespace of an old id in a new file; renamed ones are the same file.
+    fn first_replaced(&self, relisted: &Relisted) -> Result<Option<RelativePath>, Failure> {
+        for record in relisted.list.records.read_from(0)? {
+            let record = record?;
+            let file = Self::file(&record);
+            if let Mark::Settled(space) = Mark::of(record.identity.live)
+                // The system's and undo tablespaces are not imported.
+                && record.entry.path.name().ends_with(b".ibd")
+                && space <= self.last
+                && self.files.get(&space) != Some(&file)
+                && !self.unsettled.contains(&file)
+            {
+                return Ok(Some(record.entry.path));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// The system tablespace's files.
@@ -180,20 +268,24 @@ impl InnodbSnapshot {
         check_privileges(&mut session)?;
         let classifier = Classifier::new(&facts)?;
         let tree = Tree::open(&shared.data_directory)?;
+        check_same_server(&mut session, &tree, &classifier)?;
         let ddl = match options.block_ddl {
             true => Some(cut::DdlBlock::take(&shared.server, ddl_timeout(options))?),
             false => None,
         };
         // From here on every page that is read has all changes before the hold's checkpoint.
         let hold = Arc::new(shared.follower.hold()?);
-        check_same_server(&mut session, &hold)?;
         let system = System::look(&tree, &classifier)?;
         let mut unsettled = 0;
         let known = session.tablespace_ids().map_err(|e| e.failure("list tablespaces"))?;
+        let is_table = |id: &u32| *id < TABLE_SPACES_END;
+        let last_space = known.iter().copied().filter(is_table).max().unwrap_or(0);
         let mut survey = Survey::new(&classifier, known, facts.page_size, &mut unsettled);
         let spool = &shared.spool_directory;
         let first = compare::relist(&tree, &mut survey, None, spool, &mut |_| Ok(()))?;
+        survey.check_engines()?;
         clock::settle(first.newest_whole_second);
+        let spaces = Spaces::of(&first.base, last_space)?;
         let list = Arc::new(first.list);
         let round =
             Round { position: Position::FIRST, totals: list.records.totals, list, since: None };
@@ -211,7 +303,13 @@ impl InnodbSnapshot {
             tree,
             system,
             counts: Arc::default(),
-            advancing: Mutex::new(Advancing { unsettled, session: Some(session), ddl }),
+            advancing: Mutex::new(Advancing {
+                unsettled,
+                replaced_at: 0,
+                spaces,
+                session: Some(session),
+                ddl,
+            }),
             state: Mutex::new(state),
             shared,
         })
@@ -234,6 +332,7 @@ impl InnodbSnapshot {
         let mut survey = Survey::new(&self.classifier, known, self.facts.page_size, unsettled);
         let spool = &self.shared.spool_directory;
         let relisted = compare::relist(&self.tree, &mut survey, Some(base), spool, progress)?;
+        survey.check_engines()?;
         Ok((relisted, survey.late))
     }
 
@@ -249,6 +348,7 @@ impl InnodbSnapshot {
             None => self.shared.server.connect()?,
         };
         let (relisted, _) = self.relist(&mut session, &mut advancing.unsettled, &base, progress)?;
+        note_replaced(advancing, &mut session, &relisted)?;
         advancing.session = Some(session);
         clock::settle(relisted.newest_whole_second);
         let changed = relisted.list.records.totals.data_bytes;
@@ -258,7 +358,15 @@ impl InnodbSnapshot {
             self.give_out(position, relisted, None);
             return Ok(());
         }
-        if let Some((since, fresh)) = self.page_round(&hold, page_rounds)? {
+        let page_round = self.page_round(&hold, page_rounds, advancing.replaced_at, progress)?;
+        if let Some((since, fresh)) = page_round {
+            // Listed after the checkpoint: pages that a file had grown by before it are in no redo
+            // of the clone, and must lie within its listed size.
+            let mut session = self.shared.server.connect()?;
+            let unsettled = &mut advancing.unsettled;
+            let (relisted, _) = self.relist(&mut session, unsettled, &base, progress)?;
+            clock::settle(relisted.newest_whole_second);
+            advancing.spaces = Spaces::of(&relisted.base, advancing.spaces.last)?;
             let relisted = self.with_patches(&relisted)?;
             let position = Position { stage: Stage::PageCopy, round: page_rounds + 1 };
             tracing::info!(since, redo_from = fresh.checkpoint.lsn, %position, "pages changed");
@@ -312,8 +420,13 @@ impl InnodbSnapshot {
         &self,
         hold: &Arc<Hold>,
         rounds: u32,
+        replaced_at: u64,
+        progress: Progress<'_>,
     ) -> Result<Option<(u64, Arc<Hold>)>, Failure> {
         let since = hold.checkpoint.lsn;
+        if replaced_at >= since {
+            return self.hold_after(replaced_at, progress).map(|fresh| Some((since, fresh)));
+        }
         match hold.end() {
             Ok(end) if end - since <= self.redo_bound(hold) => Ok(None),
             // What is left is as short as rounds can make it: recovery takes a little longer.
@@ -324,6 +437,32 @@ impl InnodbSnapshot {
                 let is_worth = hold.is_lost() || fresh.checkpoint.lsn > since;
                 Ok(is_worth.then_some((since, fresh)))
             }
+        }
+    }
+
+    /// Takes hold of the log from a checkpoint after `lsn`.
+    fn hold_after(&self, lsn: u64, progress: Progress<'_>) -> Result<Arc<Hold>, Failure> {
+        let deadline = Instant::now() + CHECKPOINT_MAX;
+        loop {
+            let fresh = self.shared.follower.hold()?;
+            if fresh.checkpoint.lsn > lsn {
+                return Ok(Arc::new(fresh));
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::new(
+                    Code::Unavailable,
+                    "CHECKPOINT_STALLED",
+                    format!(
+                        "a tablespace was imported at LSN {lsn}, and the server has made no \
+                         checkpoint after it in {} s (its last is at {}); lower \
+                         innodb_max_dirty_pages_pct, or clone again later",
+                        CHECKPOINT_MAX.as_secs(),
+                        fresh.checkpoint.lsn
+                    ),
+                ));
+            }
+            progress(0)?;
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 
@@ -378,7 +517,7 @@ impl InnodbSnapshot {
                 Err(std::sync::TryLockError::Poisoned(guard)) => break guard.into_inner(),
                 Err(std::sync::TryLockError::WouldBlock) => {
                     told()?;
-                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    std::thread::sleep(Duration::from_millis(20));
                 }
             }
         };
@@ -417,34 +556,47 @@ impl InnodbSnapshot {
                 &mut own
             }
         };
-        let ddl_blocked = std::time::Instant::now();
+        let ddl_blocked = Instant::now();
         let (relisted, late) =
             self.relist(lock.session(), &mut advancing.unsettled, base, &mut |_| told())?;
-        if relisted.list.records.totals.data_bytes > self.shared.quota.min(4 * LEFT_FOR_LOCKS_BYTES)
-        {
+        let bytes = relisted.list.records.totals.data_bytes;
+        let is_replaced = advancing.spaces.first_replaced(&relisted)?.is_some();
+        if is_replaced || bytes > self.shared.quota.min(4 * LEFT_FOR_LOCKS_BYTES) {
             lock.end()?;
             return Ok(Cut::TooMuch(Box::new(relisted)));
         }
         let mut stash = Stash::create(&self.shared.spool_directory, self.shared.quota)?;
+        let is_late = |path: &RelativePath| {
+            sabotage::is("page-after-point") && path.as_bytes().starts_with(b"bank/")
+        };
         let mut stashed = HashMap::new();
-        for record in relisted.list.records.read_from(0)? {
-            let record = record?;
-            if record.entry.content_bytes() > 0 {
-                let mut reader = self.reader(&record, None)?;
-                stashed.insert(record.entry.file_id, stash.take(reader.as_mut())?);
-                lock.keep_alive()?;
-            }
-        }
+        self.stash(&relisted, &mut stash, &mut stashed, lock, |path| !is_late(path))?;
         let mut late = LateFiles::read(&self.tree, late, &mut stash)?;
         let root = walk::root_attributes(&self.tree)?;
-        let commit_begun = std::time::Instant::now();
+        let commit_begun = Instant::now();
         lock.block_commit()?;
-        let commit_blocked = std::time::Instant::now();
+        let commit_blocked = Instant::now();
         late.read_again(&self.tree, &mut stash)?;
         let coordinates = point::coordinates(lock.session(), &self.facts)
             .map_err(|e| e.failure("read the coordinates"))?;
         lock.end()?;
-        let ended = std::time::Instant::now();
+        let ended = Instant::now();
+        let coordinates = match sabotage::is("late-coordinates") {
+            true => {
+                std::thread::sleep(Duration::from_millis(200));
+                let late = point::coordinates(lock.session(), &self.facts);
+                let late = late.map_err(|e| e.failure("read the coordinates"))?;
+                Coordinates { lsn: coordinates.lsn, ..late }
+            }
+            false => coordinates,
+        };
+        if sabotage::is("page-after-point") {
+            for _ in 0..30 {
+                std::thread::sleep(Duration::from_millis(100));
+                lock.keep_alive()?;
+            }
+            self.stash(&relisted, &mut stash, &mut stashed, lock, is_late)?;
+        }
         drop(resting);
         tracing::info!(
             lsn = coordinates.lsn,
@@ -458,6 +610,26 @@ impl InnodbSnapshot {
         );
         let point = self.finish(&relisted, late, stash, stashed, coordinates, root, hold, told);
         Ok(point?)
+    }
+
+    /// Reads at once what a list asks for of the paths that `takes` names.
+    fn stash(
+        &self,
+        relisted: &Relisted,
+        stash: &mut Stash,
+        stashed: &mut HashMap<FileId, Stashed>,
+        lock: &mut BackupLock,
+        takes: impl Fn(&RelativePath) -> bool,
+    ) -> Result<(), Failure> {
+        for record in relisted.list.records.read_from(0)? {
+            let record = record?;
+            if record.entry.content_bytes() > 0 && takes(&record.entry.path) {
+                let mut reader = self.reader(&record, None)?;
+                stashed.insert(record.entry.file_id, stash.take(reader.as_mut())?);
+                lock.keep_alive()?;
+            }
+        }
+        Ok(())
     }
 
     /// After the locks: redo up to the point, and the list of all that was read under them.
@@ -524,8 +696,9 @@ impl InnodbSnapshot {
         for change in changes {
             writer.append(&mut change?)?;
         }
+        let list = writer.finish()?;
         let point = Point { coordinates, stashed, redo_id, redo, totals, root };
-        Ok(Cut::Made(Box::new((writer.finish()?, point))))
+        Ok(Cut::Made(Box::new((list, point))))
     }
 
     /// A reader of a listed file.
@@ -701,25 +874,44 @@ impl System {
     }
 }
 
-/// The log in the data directory must be the one that the server at hand writes.
-fn check_same_server(session: &mut Session, hold: &Hold) -> Result<(), Failure> {
-    let lsn = session.lsn().map_err(|e| e.failure("ask for the log sequence number"))?;
-    let checkpoint = hold.checkpoint.lsn;
-    let age = lsn.current.checked_sub(checkpoint);
-    if age.is_some_and(|age| age <= hold.capacity) {
-        return Ok(());
+/// The log in the data directory must be the one that the server at hand writes: both name the same
+/// checkpoint. It may be made between two looks, so several are taken.
+fn check_same_server(
+    session: &mut Session,
+    tree: &Tree,
+    classifier: &Classifier,
+) -> Result<(), Failure> {
+    let directory = tree.path();
+    let other = |why: String| {
+        let shown = directory.display();
+        let text = format!("--data-directory {shown} is not this server's: {why}");
+        Err(Failure::precondition("OTHER_DATA_DIRECTORY", text))
+    };
+    // InnoDB locks all its files while it runs.
+    if let Some(name) = classifier.system().first()
+        && lock::is_locked(tree, name) == Some(false)
+    {
+        return other(format!("no server has {} open", name.escape_ascii()));
     }
-    Err(Failure::precondition(
-        "OTHER_DATA_DIRECTORY",
-        format!(
-            "the server is at LSN {}, the redo log in the data directory has its checkpoint at \
-             {checkpoint} and holds {} bytes: --data-directory is not this server's",
-            lsn.current, hold.capacity
-        ),
+    let mut seen = (0, 0);
+    for _ in 0..SAME_SERVER_LOOKS_MAX {
+        let before = LogFile::open(directory)?.checkpoint()?.lsn;
+        let lsn = session.lsn().map_err(|e| e.failure("ask for the log sequence number"))?;
+        let after = LogFile::open(directory)?.checkpoint()?.lsn;
+        // Made, and not yet told of; or told of, and made between our looks.
+        if lsn.checkpoint == before || lsn.checkpoint == after {
+            return Ok(());
+        }
+        seen = (lsn.checkpoint, after);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    other(format!(
+        "the server's last checkpoint is at LSN {}, that of the directory's redo log at {}",
+        seen.0, seen.1
     ))
 }
 
-fn ddl_timeout(options: &SnapshotOptions) -> std::time::Duration {
+fn ddl_timeout(options: &SnapshotOptions) -> Duration {
     options.ddl_timeout.unwrap_or(cut::DDL_TIMEOUT_DEFAULT)
 }
 
@@ -743,7 +935,7 @@ fn path(name: &str) -> Result<RelativePath, Failure> {
     RelativePath::new(name.as_bytes()).map_err(|e| Failure::bug(format!("{name}: {e}")))
 }
 
-fn millis(from: std::time::Instant, to: std::time::Instant) -> u64 {
+fn millis(from: Instant, to: Instant) -> u64 {
     u64::try_from(to.saturating_duration_since(from).as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -1,0 +1,86 @@
+//! The statements that attach a clone as a replica, from its coordinates.
+
+use marcot_proto::common::v1::Coordinates;
+
+/// Statements to run on the server that has been started on the clone, and comments (`--`) that
+/// say what each group is for. `host` is where the donor was reached; port and account of its
+/// database are not known here.
+#[must_use]
+pub fn statements(at: &Coordinates, host: &str) -> Vec<String> {
+    let host = quote(host);
+    let file = String::from_utf8_lossy(&at.binlog_file);
+    let mut lines = Vec::new();
+    if !at.gtid_executed.is_empty() {
+        lines.push("-- to replicate from the donor's server, by GTID:".to_owned());
+        lines.push(format!("SET GLOBAL gtid_slave_pos = {};", quote(&at.gtid_executed)));
+        lines.push(format!("CHANGE MASTER TO MASTER_HOST = {host}, MASTER_USE_GTID = slave_pos;"));
+    } else if !file.is_empty() {
+        lines.push("-- to replicate from the donor's server, by binary log position:".to_owned());
+        lines.push(format!(
+            "CHANGE MASTER TO MASTER_HOST = {host}, MASTER_LOG_FILE = {}, MASTER_LOG_POS = {};",
+            quote(&file),
+            at.binlog_position
+        ));
+    } else if at.lsn != 0 {
+        lines.push(
+            "-- the donor's server writes no binary log: the clone cannot be attached to it as a \
+             replica"
+                .to_owned(),
+        );
+    }
+    for source in &at.sources {
+        let name = match source.channel.as_str() {
+            "" => String::new(),
+            channel => format!(" {}", quote(channel)),
+        };
+        if source.gtid_executed.is_empty() {
+            lines.push("-- to replicate from the donor's own source, by position:".to_owned());
+            lines.push(format!(
+                "CHANGE MASTER{name} TO MASTER_LOG_FILE = {}, MASTER_LOG_POS = {};",
+                quote(&String::from_utf8_lossy(&source.binlog_file)),
+                source.binlog_position
+            ));
+        } else {
+            lines.push("-- to replicate from the donor's own source, by GTID:".to_owned());
+            lines.push(format!("SET GLOBAL gtid_slave_pos = {};", quote(&source.gtid_executed)));
+            lines.push(format!("CHANGE MASTER{name} TO MASTER_USE_GTID = slave_pos;"));
+        }
+    }
+    lines
+}
+
+fn quote(text: &str) -> String {
+    let clean = text.replace('\\', "\\\\").replace('\'', "''");
+    format!("'{}'", clean.replace(char::is_control, ""))
+}
+
+#[cfg(test)]
+mod tests {
+    use marcot_proto::common::v1::SourceCoordinates;
+
+    use super::*;
+
+    #[test]
+    fn what_the_coordinates_hold_decides_what_is_printed() {
+        let file = || bytes::Bytes::from_static(b"bin.000002");
+        let gtid = Coordinates { gtid_executed: "0-1-9".to_owned(), lsn: 5, ..Default::default() };
+        let lines = statements(&gtid, "db'1");
+        assert_eq!(lines[1], "SET GLOBAL gtid_slave_pos = '0-1-9';");
+        assert!(lines[2].contains("MASTER_HOST = 'db''1'"), "{lines:?}");
+        let position =
+            Coordinates { binlog_file: file(), binlog_position: 42, lsn: 5, ..Default::default() };
+        let lines = statements(&position, "db");
+        assert!(lines[1].contains("MASTER_LOG_FILE = 'bin.000002', MASTER_LOG_POS = 42"));
+        let none = Coordinates { lsn: 5, ..Default::default() };
+        assert!(statements(&none, "db")[0].contains("no binary log"));
+        assert!(statements(&Coordinates::default(), "db").is_empty(), "files have no database");
+        let source = SourceCoordinates {
+            channel: "eu".to_owned(),
+            gtid_executed: "0-3-4".to_owned(),
+            ..Default::default()
+        };
+        let replica = Coordinates { sources: vec![source], ..gtid };
+        let lines = statements(&replica, "db");
+        assert!(lines[5].starts_with("CHANGE MASTER 'eu' TO"), "{lines:?}");
+    }
+}

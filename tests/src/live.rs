@@ -1,0 +1,158 @@
+//! A live server, its load, a donor beside it and a recipient; and all that is checked of a clone.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    Donor, Recipient,
+    client::wait_for_end,
+    load::{self, Load, check_copy, ledger_in_binlog},
+    mariadb::{self, MariaDb, Options, Version},
+    new_directory, recipient, wait_for,
+};
+use marcot_proto::recipient::v1::{Clone, CloneStatementRequest, State};
+
+/// Writers of every load here.
+pub const WRITERS: usize = 4;
+
+/// A primary with a load's tables, a donor beside it, and a recipient.
+pub struct Live {
+    /// How the server was started.
+    pub options: Options,
+    /// The primary.
+    pub server: MariaDb,
+    /// Beside it.
+    pub donor: Donor,
+    /// Where clones are asked for.
+    pub recipient: Recipient,
+    /// Last: what is in it is shown when a test fails.
+    pub home: tempfile::TempDir,
+}
+
+/// The privileges that docs/operations.md lists.
+pub const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
+    GRANT RELOAD, BINLOG MONITOR, PROCESS, SLAVE MONITOR ON *.* TO marcot@localhost;";
+
+impl Live {
+    /// Starts all of it. In arguments of the server `{home}` stands for the directory of it all.
+    #[must_use]
+    pub fn start(version: Version, arguments: &[&str], bytes: u64) -> Self {
+        let home = new_directory();
+        let data = home.path().join("data");
+        let here = home.path().display().to_string();
+        let arguments: Vec<String> =
+            arguments.iter().map(|argument| argument.replace("{home}", &here)).collect();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let options = Options::primary(version, &arguments);
+        mariadb::install_with(&data, &options);
+        let server = MariaDb::start_with(home.path(), &data, &options);
+        drop(server.query(GRANTS));
+        load::prepare(&server, bytes);
+        let donor = donor(home.path(), &data, &server);
+        // CLONE LOCAL reads the same server.
+        let directory = data.display().to_string();
+        let options_of_local =
+            [vec!["--data-directory".to_owned(), directory], engine_options(home.path(), &server)];
+        let options_of_local = options_of_local.concat();
+        let borrowed: Vec<&str> = options_of_local.iter().map(String::as_str).collect();
+        let recipient = Recipient::start(home.path(), &borrowed);
+        Self { options, server, donor, recipient, home }
+    }
+
+    /// A path in the directory of it all.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    /// The server's log sequence number: bytes of redo written so far.
+    #[must_use]
+    pub fn lsn(&self) -> u64 {
+        let row = self.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_lsn_current'");
+        row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
+    }
+
+    /// Starts the stock server on a clone.
+    #[must_use]
+    pub fn start_clone(&self, name: &str) -> MariaDb {
+        MariaDb::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
+    }
+
+    /// The statement that clones to a directory, locally or from the donor.
+    #[must_use]
+    pub fn statement(&self, name: &str, is_local: bool) -> String {
+        if is_local {
+            return format!("CLONE LOCAL DATA DIRECTORY = '{}'", self.path(name).display());
+        }
+        self.donor.statement(&self.path(name), "")
+    }
+
+    /// A clone under load, checked in every way there is.
+    pub async fn clone_and_check(&self, name: &str, load: Load) {
+        self.clone_with(name, load, |_| ()).await;
+    }
+
+    /// As `clone_and_check`; `meanwhile` runs while the clone is under way and its recipient is
+    /// frozen.
+    pub async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
+        let before = load.acknowledged();
+        let mut client = recipient(&self.recipient).await;
+        let request =
+            CloneStatementRequest { statement: self.statement(name, false), ..Default::default() };
+        let started = client.clone_statement(request).await.expect("the clone is accepted");
+        let started = started.into_inner().clone.expect("a clone");
+        wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
+        self.recipient.0.freeze();
+        meanwhile(&load);
+        self.recipient.0.thaw();
+        let clone = wait_for_end(&mut client, &started.name).await;
+        assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
+        let ended = load.acknowledged();
+        load.wait_for_commits(50);
+        let report = load.stop();
+        eprintln!("{report:?}");
+        self.check(name, &clone, &before, &ended);
+    }
+
+    /// Checks a clone whose load has ended: it starts, holds what was acknowledged before it and
+    /// nothing that was begun after it, agrees with the binary log, and catches up as a replica.
+    pub fn check(&self, name: &str, clone: &Clone, before: &[u64], ended: &[u64]) {
+        let copy = self.start_clone(name);
+        let held = check_copy(&copy, WRITERS);
+        for writer in 0..WRITERS {
+            let (least, most) = (before[writer], ended[writer] + 1);
+            assert!((least..=most).contains(&held[writer]), "{least}..={most}: {}", held[writer]);
+        }
+        let point = clone.coordinates.as_ref().expect("a live clone has coordinates");
+        let file = String::from_utf8_lossy(&point.binlog_file).into_owned();
+        let logged = ledger_in_binlog(&self.path("data"), &file, point.binlog_position);
+        assert_eq!(held.iter().sum::<u64>(), logged, "ledger rows, and those in the binary log");
+        assert!(copy.log().contains(&format!("End of log at LSN={}", point.lsn)), "{}", copy.log());
+        copy.replicate(&self.server, &point.gtid_executed);
+        copy.catch_up(&self.server);
+        copy.assert_replicates(&self.server);
+        copy.stop();
+    }
+}
+
+/// Options of engine innodb for a server.
+fn engine_options(home: &Path, server: &MariaDb) -> Vec<String> {
+    let password = home.join("password");
+    std::fs::write(&password, "secret\n").expect("a writable home");
+    let (socket, password) =
+        (server.socket().display().to_string(), password.display().to_string());
+    let options = [
+        ["--engine", "innodb"],
+        ["--database-socket", &socket],
+        ["--database-user", "marcot"],
+        ["--database-password-file", &password],
+    ];
+    options.concat().into_iter().map(str::to_owned).collect()
+}
+
+/// A donor of a server's data directory.
+#[must_use]
+pub fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+    let options = engine_options(home, server);
+    let borrowed: Vec<&str> = options.iter().map(String::as_str).collect();
+    Donor::start(home, data, &borrowed)
+}

@@ -1,0 +1,6 @@
+//! Clones of live MariaDB servers under a write load: the clone starts by the stock server's crash
+//! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
+
+mod matrix;
+mod refusals;
+mod replicas;

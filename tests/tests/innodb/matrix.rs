@@ -1,0 +1,276 @@
+//! One story for each kind of server and of change that the copy must carry.
+
+use marcot_tests::{
+    live::{Live, WRITERS},
+    load::{Load, LoadOptions},
+    mariadb::Version,
+    wait_for,
+};
+
+/// Enough for several rounds of the redo log, small enough for CI.
+const BYTES: u64 = 40 << 20;
+
+fn writers() -> LoadOptions {
+    LoadOptions { writers: WRITERS, ..LoadOptions::default() }
+}
+
+/// Guards the engine as a whole: position, redo and pages fit one another.
+async fn a_busy_server_is_cloned(version: Version) {
+    let live = Live::start(version, &[], BYTES);
+    let load = Load::start(&live.server, LoadOptions { xa: true, sysbench: true, ..writers() });
+    load.wait_for_commits(200);
+    live.clone_and_check("clone", load).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_mariadb_10_11_is_cloned() {
+    a_busy_server_is_cloned(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_mariadb_11_8_is_cloned() {
+    a_busy_server_is_cloned(Version::V11_8).await;
+}
+
+async fn tables_come_and_go(version: Version) {
+    let live = Live::start(version, &[], BYTES);
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |load| {
+        let ddl = load.ddl();
+        wait_for("tables to change", || (load.ddl() > ddl + 100).then_some(()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_come_and_go_arrive_as_they_are_at_the_point_in_10_11() {
+    tables_come_and_go(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_come_and_go_arrive_as_they_are_at_the_point_in_11_8() {
+    tables_come_and_go(Version::V11_8).await;
+}
+
+/// Guards that redo is followed into the spool while files are copied: the log comes round three
+/// times before the recipient reads on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_log_that_comes_round_three_times_loses_nothing() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);
+    let load = Load::start(&live.server, writers());
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |_| {
+        let begun = live.lsn();
+        wait_for("three rounds of the log", || (live.lsn() > begun + (24 << 20)).then_some(()));
+    })
+    .await;
+}
+
+/// Guards the rounds of PAGE COPY: redo has outgrown its bound, pages are sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn redo_that_outgrows_its_bound_is_replaced_by_pages() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |_| {
+        let begun = live.lsn();
+        wait_for("redo beyond the bound", || (live.lsn() > begun + (80 << 20)).then_some(()));
+    })
+    .await;
+    let log = live.donor.0.log();
+    assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
+}
+
+/// Guards R6: the donor was away while the log came round; pages close the gap.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_in_the_redo_is_closed_by_pages() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);
+    let load = Load::start(&live.server, writers());
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |_| {
+        live.donor.0.freeze();
+        let begun = live.lsn();
+        wait_for("three rounds of the log", || (live.lsn() > begun + (24 << 20)).then_some(()));
+        live.donor.0.thaw();
+        wait_for("the loss to be seen", || {
+            live.donor.0.log().contains("the redo log was lost").then_some(())
+        });
+    })
+    .await;
+    let log = live.donor.0.log();
+    assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
+}
+
+/// Guards the switch to the file that takes the log's place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_resized_while_it_is_followed_is_followed_on() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    let load = Load::start(&live.server, writers());
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |load| {
+        drop(live.server.query("SET GLOBAL innodb_log_file_size=33554432"));
+        load.wait_for_commits(300);
+        drop(live.server.query("SET GLOBAL innodb_log_file_size=25165824"));
+        load.wait_for_commits(300);
+    })
+    .await;
+    assert!(live.donor.0.log().contains("the redo log was resized"));
+}
+
+/// Every page size: pages are found and checked where they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_of_every_page_size_are_cloned() {
+    for size in ["4k", "8k", "32k", "64k"] {
+        let live = Live::start(Version::V10_11, &[&format!("--innodb-page-size={size}")], 8 << 20);
+        let load = Load::start(&live.server, writers());
+        load.wait_for_commits(100);
+        live.clone_and_check("clone", load).await;
+    }
+}
+
+/// Encrypted tables, log and temporary files; several files of the system tablespace; undo
+/// tablespaces that are truncated while they are copied.
+async fn an_encrypted_server_is_cloned(version: Version) {
+    let home = marcot_tests::new_directory();
+    let keys = home.path().join("keys");
+    let key = "1;a7addd9adea9978fda19f21e6be987880e68ac92632ca052e5bb42b1a506939a";
+    std::fs::write(&keys, format!("{key}\n")).expect("a writable home");
+    let file = format!("--file-key-management-filename={}", keys.display());
+    let arguments = [
+        "--plugin-load-add=file_key_management",
+        &file,
+        "--innodb-encrypt-tables=FORCE",
+        "--innodb-encrypt-log=ON",
+        "--innodb-encryption-threads=2",
+        "--innodb-data-file-path=ibdata1:12M;ibdata2:10M:autoextend",
+        "--innodb-undo-tablespaces=3",
+        "--innodb-undo-log-truncate=ON",
+        "--innodb-max-undo-log-size=10485760",
+    ];
+    let live = Live::start(version, &arguments, BYTES);
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |load| {
+        // One large transaction makes an undo tablespace that is worth truncating.
+        drop(live.server.query("UPDATE mix.bulk SET v = REVERSE(v)"));
+        load.wait_for_commits(200);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_mariadb_10_11_is_cloned() {
+    an_encrypted_server_is_cloned(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_mariadb_11_8_is_cloned() {
+    an_encrypted_server_is_cloned(Version::V11_8).await;
+}
+
+/// Tables of every shape that a page check or a list might stumble over.
+const SHAPES: &str = "
+CREATE DATABASE shapes; USE shapes;
+CREATE TABLE compressed1 (id INT PRIMARY KEY, v TEXT) ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=1;
+CREATE TABLE compressed8 (id INT PRIMARY KEY, v TEXT) ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=8;
+CREATE TABLE sparse (id INT PRIMARY KEY, v TEXT) PAGE_COMPRESSED=1;
+CREATE TABLE redundant (id INT PRIMARY KEY, v TEXT) ROW_FORMAT=REDUNDANT;
+CREATE TABLE parts (id INT, d INT, v TEXT, KEY(d)) PARTITION BY HASH(id) PARTITIONS 5;
+CREATE TABLE words (id INT PRIMARY KEY, v TEXT, FULLTEXT(v)) ENGINE=InnoDB;
+CREATE TABLE parent (id INT PRIMARY KEY) ENGINE=InnoDB;
+CREATE TABLE child (id INT PRIMARY KEY, p INT, FOREIGN KEY (p) REFERENCES parent(id)) ENGINE=InnoDB;
+CREATE TABLE computed (id INT PRIMARY KEY, a INT, b INT AS (a * 2) STORED, c INT AS (a + 1), KEY(c));
+CREATE TABLE places (id INT PRIMARY KEY, g GEOMETRY NOT NULL, SPATIAL INDEX(g)) ENGINE=InnoDB;
+CREATE TABLE history (id INT PRIMARY KEY, v INT) WITH SYSTEM VERSIONING;
+CREATE SEQUENCE numbers;
+CREATE TABLE memory (id INT PRIMARY KEY) ENGINE=MEMORY;
+INSERT INTO compressed1 SELECT seq, REPEAT(MD5(seq), 5) FROM mysql.seq_1_to_3000;
+INSERT INTO compressed8 SELECT seq, REPEAT(MD5(seq), 20) FROM mysql.seq_1_to_3000;
+INSERT INTO sparse SELECT seq, REPEAT('abcd', 300) FROM mysql.seq_1_to_5000;
+INSERT INTO redundant SELECT seq, MD5(seq) FROM mysql.seq_1_to_3000;
+INSERT INTO parts SELECT seq, seq % 9, MD5(seq) FROM mysql.seq_1_to_3000;
+INSERT INTO words SELECT seq, CONCAT('word', seq, ' common text') FROM mysql.seq_1_to_1000;
+INSERT INTO parent SELECT seq FROM mysql.seq_1_to_100;
+INSERT INTO child SELECT seq, 1 + seq % 100 FROM mysql.seq_1_to_1000;
+INSERT INTO computed (id, a) SELECT seq, seq FROM mysql.seq_1_to_1000;
+INSERT INTO places SELECT seq, POINT(seq, seq % 7) FROM mysql.seq_1_to_1000;
+INSERT INTO history SELECT seq, 1 FROM mysql.seq_1_to_1000; UPDATE history SET v = 2;
+SELECT NEXTVAL(numbers);
+";
+
+async fn shapes(version: Version, arguments: &[&str]) {
+    let live = Live::start(version, arguments, 8 << 20);
+    drop(live.server.query(SHAPES));
+    let load = Load::start(&live.server, writers());
+    load.wait_for_commits(100);
+    live.clone_with("clone", load, |load| {
+        drop(live.server.query(
+            "USE shapes; UPDATE sparse SET v = REVERSE(v) WHERE id % 3 = 0; \
+             UPDATE compressed1 SET v = MD5(v) WHERE id % 2 = 0; \
+             UPDATE compressed8 SET v = REVERSE(v); DELETE FROM words WHERE id % 5 = 0; \
+             INSERT INTO words SELECT seq + 5000, 'later common' FROM mysql.seq_1_to_100; \
+             UPDATE places SET g = POINT(id, id); SELECT NEXTVAL(numbers)",
+        ));
+        load.wait_for_commits(100);
+    })
+    .await;
+    let allocated = |root: &str| {
+        let path = live.path(root).join("shapes/sparse.ibd");
+        let metadata = std::fs::metadata(path).expect("the table's file");
+        (std::os::unix::fs::MetadataExt::blocks(&metadata) * 512, metadata.len())
+    };
+    let (bytes, size) = allocated("clone");
+    assert!(bytes < size / 2, "page_compressed takes {bytes} of {size} bytes in the clone");
+    // MEMORY tables are empty after any start: left out of what both sides are compared by.
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_of_every_shape_arrive_in_10_11() {
+    shapes(Version::V10_11, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_of_every_shape_arrive_in_11_8() {
+    shapes(Version::V11_8, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_with_older_checksums_arrive() {
+    shapes(Version::V10_11, &["--innodb-checksum-algorithm=crc32"]).await;
+}
+
+/// Guards R3: a tablespace that takes another's place, imported without redo, is copied again, and
+/// recovery begins after the redo that says that it was deleted. Without the latter the update is
+/// lost in the clone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_imported_while_it_is_copied_arrives() {
+    let live = Live::start(Version::V10_11, &[], 8 << 20);
+    let data = live.path("data/shop");
+    drop(live.server.query(
+        "CREATE DATABASE shop; CREATE TABLE shop.t (id INT PRIMARY KEY, v TEXT) ENGINE=InnoDB; \
+         INSERT INTO shop.t SELECT seq, REPEAT(MD5(seq), 9) FROM mysql.seq_1_to_9000; \
+         CREATE TABLE shop.u LIKE shop.t",
+    ));
+    // One connection: the tables stay locked while the files are copied.
+    let mut conn = live.server.connect();
+    mysql::prelude::Queryable::query_drop(&mut conn, "FLUSH TABLES shop.t FOR EXPORT").expect("ok");
+    for end in ["ibd", "cfg"] {
+        let (from, to) = (data.join(format!("t.{end}")), live.path(&format!("t.{end}")));
+        std::fs::copy(from, to).expect("the exported file");
+    }
+    mysql::prelude::Queryable::query_drop(&mut conn, "UNLOCK TABLES").expect("ok");
+    let load = Load::start(&live.server, writers());
+    load.wait_for_commits(100);
+    live.clone_with("clone", load, |load| {
+        drop(live.server.query("SET sql_log_bin=0; ALTER TABLE shop.u DISCARD TABLESPACE"));
+        for end in ["ibd", "cfg"] {
+            let (from, to) = (live.path(&format!("t.{end}")), data.join(format!("u.{end}")));
+            std::fs::copy(from, to).expect("a writable data directory");
+        }
+        drop(live.server.query("SET sql_log_bin=0; ALTER TABLE shop.u IMPORT TABLESPACE"));
+        drop(live.server.query("UPDATE shop.u SET v = MD5(v) WHERE id % 3 = 0"));
+        load.wait_for_commits(100);
+    })
+    .await;
+}

@@ -1,0 +1,126 @@
+//! What cannot be cloned right is refused before a byte moves, and named.
+
+use marcot_tests::{
+    Donor, Recipient, clone_error,
+    live::{Live, WRITERS},
+    load::{Load, LoadOptions},
+    mariadb::Version,
+    recipient,
+};
+
+async fn error(live: &Live, donor: &Donor) -> marcot_proto::common::v1::Failure {
+    let recipient_of = Recipient::start(live.home.path(), &[]);
+    let mut client = recipient(&recipient_of).await;
+    let failure = clone_error(&mut client, &donor.statement(&live.path("refused"), "")).await;
+    assert!(!live.path("refused").exists());
+    failure
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_account_may_not_do_is_named() {
+    let live = Live::start(Version::V10_11, &[], 1 << 20);
+    for (privilege, word) in [
+        ("RELOAD", "RELOAD"),
+        ("BINLOG MONITOR", "BINLOG MONITOR"),
+        ("PROCESS", "PROCESS"),
+        ("SLAVE MONITOR", "SLAVE MONITOR"),
+    ] {
+        drop(live.server.query(&format!("REVOKE {privilege} ON *.* FROM marcot@localhost")));
+        let failure = error(&live, &live.donor).await;
+        assert_eq!(failure.reason, "DATABASE_PRIVILEGE_MISSING", "{failure:?}");
+        assert!(failure.message.contains(word), "{failure:?}");
+        drop(live.server.query(&format!("GRANT {privilege} ON *.* TO marcot@localhost")));
+    }
+    drop(live.server.query("SET PASSWORD FOR marcot@localhost = PASSWORD('other')"));
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "DATABASE_ACCESS_DENIED", "{failure:?}");
+    assert!(!failure.message.contains("secret"), "{failure:?}");
+}
+
+/// Guards R9: a table whose file lies elsewhere would be the donor's own file on the same host.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_cannot_be_cloned_are_named() {
+    let live = Live::start(Version::V10_11, &[], 1 << 20);
+    std::fs::create_dir(live.path("elsewhere")).expect("a writable home");
+    drop(live.server.query(&format!(
+        "CREATE DATABASE far; CREATE TABLE far.t (id INT) ENGINE=InnoDB DATA DIRECTORY='{}'",
+        live.path("elsewhere").display()
+    )));
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "UNSUPPORTED_FILE", "{failure:?}");
+    assert!(failure.message.contains("far/t.isl"), "{failure:?}");
+    drop(live.server.query("DROP TABLE far.t"));
+
+    drop(live.server.query(
+        "INSTALL SONAME 'ha_sphinx'; CREATE TABLE far.remote (id INT UNSIGNED NOT NULL, weight INT \
+         NOT NULL, query VARCHAR(3072) NOT NULL, INDEX(query)) ENGINE=SPHINX \
+         CONNECTION='sphinx://127.0.0.1:1/test'",
+    ));
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "UNSUPPORTED_TABLE_ENGINE", "{failure:?}");
+    assert!(failure.message.contains("`far/remote.frm` (SPHINX)"), "{failure:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_of_another_server_is_refused() {
+    let live = Live::start(Version::V10_11, &[], 1 << 20);
+    let other = live.path("other");
+    marcot_tests::mariadb::install(&other);
+    let donor = marcot_tests::live::donor(live.home.path(), &other, &live.server);
+    let failure = error(&live, &donor).await;
+    assert_eq!(failure.reason, "OTHER_DATA_DIRECTORY", "{failure:?}");
+}
+
+/// Guards R3 and the page check: a page of right checksum in a wrong place, one with a flipped bit,
+/// and one of another table are found and named; nothing is installed.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_pages_fail_the_clone_and_are_named() {
+    use std::os::unix::fs::FileExt as _;
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    drop(live.server.query(
+        "CREATE DATABASE shop; CREATE TABLE shop.t (id INT PRIMARY KEY, v TEXT) ENGINE=InnoDB; \
+         CREATE TABLE shop.u LIKE shop.t; \
+         INSERT INTO shop.t SELECT seq, REPEAT(MD5(seq), 9) FROM mysql.seq_1_to_9000; \
+         INSERT INTO shop.u SELECT * FROM shop.t",
+    ));
+    // A clean start: nothing has a reason to write these pages any more.
+    let data = live.path("data");
+    live.server.stop();
+    live.server =
+        marcot_tests::mariadb::MariaDb::start_with(live.home.path(), &data, &live.options);
+    live.donor = marcot_tests::live::donor(live.home.path(), &data, &live.server);
+    let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
+    load.wait_for_commits(100);
+    let open = |name: &str| {
+        let path = live.path("data/shop").join(name);
+        std::fs::File::options().read(true).write(true).open(path).expect("the table's file")
+    };
+    let (t, u) = (open("t.ibd"), open("u.ibd"));
+    let page = |file: &std::fs::File, number: u64| {
+        let mut bytes = vec![0; 16384];
+        file.read_exact_at(&mut bytes, number * 16384).expect("the page is there");
+        bytes
+    };
+    let right = page(&t, 70);
+    assert!(right.iter().any(|&b| b != 0), "the page is in use");
+    let mut flipped = right.clone();
+    flipped[5000] ^= 4;
+    let mut torn = right.clone();
+    torn[4096..].copy_from_slice(&page(&t, 71)[4096..]);
+    for (name, wrong, text) in [
+        ("a flipped bit", flipped, "checksum"),
+        ("a torn page", torn, "checksum"),
+        ("a misplaced page", page(&t, 71), "says that it is page 71, it was read as page 70"),
+        ("another table's page", page(&u, 70), "says that it is of tablespace"),
+    ] {
+        t.write_all_at(&wrong, 70 * 16384).expect("the file is writable");
+        eprintln!("{name}");
+        let failure = error(&live, &live.donor).await;
+        assert_eq!(failure.reason, "PAGE_CORRUPT", "{name}: {failure:?}");
+        for word in ["page 70", "t.ibd", text] {
+            assert!(failure.message.contains(word), "{name}: {failure:?}");
+        }
+    }
+    t.write_all_at(&right, 70 * 16384).expect("the file is writable");
+    live.clone_and_check("clone", load).await;
+}
