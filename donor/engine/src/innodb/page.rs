@@ -195,3 +195,6 @@ pub fn lsn(page: &[u8]) -> u64 {
 fn valid(page: &[u8]) -> PageState {
     PageState::Valid { lsn: lsn(page) }
 }
+
+#[cfg(test)]
+mod tests;
