@@ -142,15 +142,7 @@ pub fn install(data_directory: &Path) {
 pub fn install_with(data_directory: &Path, options: &Options) {
     std::fs::create_dir_all(data_directory.join("mysql")).expect("writable");
     let share = options.version.share();
-    let mut child = command(data_directory, options)
-        .args(["--bootstrap", "--silent-startup", "--skip-log-bin"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("mariadbd is there: `make test` installs it");
-    let mut input = child.stdin.take().expect("a pipe");
-    writeln!(input, "use mysql;").expect("the server reads");
+    let mut sql = b"use mysql;\n".to_vec();
     for file in [
         "mariadb_system_tables.sql",
         "mysql_system_tables.sql",
@@ -158,13 +150,28 @@ pub fn install_with(data_directory: &Path, options: &Options) {
         "mysql_system_tables_data.sql",
         "mariadb_performance_tables.sql",
     ] {
-        if let Ok(sql) = std::fs::read(share.join(file)) {
-            input.write_all(&sql).expect("the server reads");
+        if let Ok(script) = std::fs::read(share.join(file)) {
+            sql.extend(script);
         }
     }
-    drop(input);
+    bootstrap(data_directory, options, &sql);
+}
+
+/// Runs statements in a server that takes no connections, and shuts it down.
+pub fn bootstrap(data_directory: &Path, options: &Options, sql: &[u8]) {
+    let mut child = command(data_directory, options)
+        .args(["--bootstrap", "--silent-startup", "--skip-log-bin"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("mariadbd is there: `make test` installs it");
+    // A server that ends early says why; the pipe's error does not.
+    let written = child.stdin.take().expect("a pipe").write_all(sql);
     let output = child.wait_with_output().expect("our own child");
-    assert!(output.status.success(), "bootstrap: {}", String::from_utf8_lossy(&output.stderr));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && written.is_ok(), "bootstrap: {log}");
+    assert!(!log.contains("ERROR"), "bootstrap: {log}");
 }
 
 fn command(data_directory: &Path, options: &Options) -> Command {

@@ -109,6 +109,41 @@ pub enum PageError {
         /// Where it was read.
         expected: u32,
     },
+    /// page_compressed by nothing that is known.
+    #[error("the page's compression algorithm is {found}, the last one known is {limit}")]
+    Algorithm {
+        /// What the page says.
+        found: u64,
+        /// The last one known.
+        limit: u64,
+    },
+    /// page_compressed by zlib, and not to be decompressed.
+    #[error("the page's {stream_bytes} compressed bytes are no zlib stream of a page")]
+    Stream {
+        /// Compressed bytes.
+        stream_bytes: usize,
+    },
+    /// page_compressed, and what was compressed is no page.
+    #[error("the page decompresses to {found} bytes, a page has {expected}")]
+    Expanded {
+        /// Bytes of what was compressed.
+        found: usize,
+        /// Bytes of a page.
+        expected: usize,
+    },
+    /// page_compressed, and the header is not that of the page inside.
+    #[error(
+        "the page has {found:#010x} at byte {offset} of its header, the page compressed in it has \
+         {inside:#010x}"
+    )]
+    Header {
+        /// Where in the header.
+        offset: usize,
+        /// In the page.
+        found: u32,
+        /// In the page compressed in it.
+        inside: u32,
+    },
     /// page_compressed, and to more than fits.
     #[error("the page says that it is compressed to {found} bytes, at most {limit} fit")]
     StoredSize {
@@ -160,3 +195,6 @@ pub fn lsn(page: &[u8]) -> u64 {
 fn valid(page: &[u8]) -> PageState {
     PageState::Valid { lsn: lsn(page) }
 }
+
+#[cfg(test)]
+mod tests;

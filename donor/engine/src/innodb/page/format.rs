@@ -1,7 +1,7 @@
 //! What the first page of a tablespace says about all its pages.
 
 use super::{
-    DATA, PageError, SPACE_ID,
+    DATA, PageError, PageState,
     bytes::{is_zero, range, u32_at},
 };
 
@@ -89,14 +89,6 @@ pub enum FormatError {
         /// Its value.
         value: u32,
     },
-    /// The id is in the page twice, and differs.
-    #[error("the tablespace's id is {page} in its page header, {header} in its own header")]
-    SpaceIds {
-        /// In the page's header.
-        page: u32,
-        /// In the tablespace's header.
-        header: u32,
-    },
     /// A temporary tablespace, or MySQL's dictionary.
     #[error("the tablespace's id is {found:#x}; ids of lasting ones are below {limit:#x}")]
     SpaceIdLimit {
@@ -118,21 +110,22 @@ impl PageFormat {
             return Err(FormatError::Short { found: page0.len(), needed: PAGE_BYTES_MIN });
         }
         let flags = u32_at(page0, HEADER_FLAGS);
-        let (page, header) = (u32_at(page0, SPACE_ID), u32_at(page0, HEADER_SPACE_ID));
+        let space_id = u32_at(page0, HEADER_SPACE_ID);
         if is_zero(range(page0, 0..PAGE_BYTES_MIN)) {
             return Err(FormatError::ZeroPage);
         }
-        let mut format = Self::from_flags(flags, header)?;
+        let mut format = Self::from_flags(flags, space_id)?;
         let needed = format.physical_page_size;
         let Some(first_page) = page0.get(..needed) else {
             return Err(FormatError::Short { found: page0.len(), needed });
         };
-        format.check(first_page, 0)?;
-        if page != header {
-            return Err(FormatError::SpaceIds { page, header });
+        if format.check(first_page, 0)? == PageState::Zero {
+            return Err(FormatError::ZeroPage);
         }
-        if header >= SPACE_ID_LIMIT {
-            return Err(FormatError::SpaceIdLimit { found: header, limit: SPACE_ID_LIMIT });
+        // The id is in the page twice. No layout hides it in page 0.
+        format.check_space_id(first_page)?;
+        if space_id >= SPACE_ID_LIMIT {
+            return Err(FormatError::SpaceIdLimit { found: space_id, limit: SPACE_ID_LIMIT });
         }
         format.encrypted = format.has_encryption(first_page);
         Ok(format)
@@ -184,7 +177,7 @@ impl PageFormat {
         self.layout
     }
 
-    fn from_flags(flags: u32, space_id: u32) -> Result<Self, FormatError> {
+    pub(super) fn from_flags(flags: u32, space_id: u32) -> Result<Self, FormatError> {
         if flags & flag::FULL_CRC32 != 0 {
             Self::from_full_crc32_flags(flags, space_id)
         } else {

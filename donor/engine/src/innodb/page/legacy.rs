@@ -17,9 +17,6 @@ use super::{
     lsn, page_compressed, valid,
 };
 
-/// An R-tree's page has its split sequence number where others have the key version, and is not
-/// encrypted: `fil_space_encrypt_valid_page_type`.
-const TYPE_RTREE: u16 = 17854;
 /// Checksum of the encrypted bytes.
 const ENCRYPTED_CHECKSUM: usize = KEY_VERSION + 4;
 /// End of key version and encrypted checksum.
@@ -36,15 +33,8 @@ pub(super) fn check(format: &PageFormat, page: &[u8], number: u32) -> Result<Pag
         return page_compressed::check(format, page, page_type, number);
     }
     // The trailer is never encrypted.
-    let (head, tail) = (u32_at(page, LSN + 4), u32_at(page, page.len() - 4));
-    if head != tail {
-        return Err(PageError::Torn { head, tail });
-    }
-    let state = if seems_encrypted(page, number) && encrypted_checksum_is_right(page) {
-        valid(page)
-    } else {
-        check_plain(page)?
-    };
+    check_trailer(page)?;
+    let state = if is_encrypted(page) { valid(page) } else { check_checksums(page)? };
     format.check_number(page, number)?;
     format.check_space_id(page)?;
     Ok(state)
@@ -62,7 +52,7 @@ pub(super) fn check_row_format_compressed(
     let computed = row_format_compressed_crc32(page);
     let is_right = |stored| stored == computed || stored == row_format_compressed_adler32(page);
     let stored = u32_at(page, 0);
-    let encrypted = seems_encrypted(page, number) && is_right(u32_at(page, ENCRYPTED_CHECKSUM));
+    let encrypted = has_key_version(page) && is_right(u32_at(page, ENCRYPTED_CHECKSUM));
     let state = if encrypted || is_right(stored) {
         valid(page)
     } else if stored == NO_CHECKSUM {
@@ -75,17 +65,32 @@ pub(super) fn check_row_format_compressed(
     Ok(state)
 }
 
-/// Page 0 is never encrypted; old servers wrote an LSN where its key version would be.
-fn seems_encrypted(page: &[u8], number: u32) -> bool {
-    number != 0 && u32_at(page, KEY_VERSION) != 0 && u16_at(page, TYPE) != TYPE_RTREE
+/// Others have something there too: an R-tree's page its split number, the first page of an old
+/// system file an LSN. No checksum covers it.
+fn has_key_version(page: &[u8]) -> bool {
+    u32_at(page, KEY_VERSION) != 0
 }
 
-fn encrypted_checksum_is_right(page: &[u8]) -> bool {
+fn is_encrypted(page: &[u8]) -> bool {
     let stored = u32_at(page, ENCRYPTED_CHECKSUM);
-    stored == legacy_crc32(page) || stored == innodb_new(page)
+    has_key_version(page) && (stored == legacy_crc32(page) || stored == innodb_new(page))
 }
 
-fn check_plain(page: &[u8]) -> Result<PageState, PageError> {
+/// A page as it is in memory: neither encrypted nor page_compressed.
+pub(super) fn check_plain(page: &[u8]) -> Result<PageState, PageError> {
+    check_trailer(page)?;
+    check_checksums(page)
+}
+
+fn check_trailer(page: &[u8]) -> Result<(), PageError> {
+    let (head, tail) = (u32_at(page, LSN + 4), u32_at(page, page.len() - 4));
+    if head != tail {
+        return Err(PageError::Torn { head, tail });
+    }
+    Ok(())
+}
+
+fn check_checksums(page: &[u8]) -> Result<PageState, PageError> {
     let (head, tail) = (u32_at(page, 0), u32_at(page, page.len() - TRAILER_BYTES));
     let crc32 = legacy_crc32(page);
     if head == crc32 && tail == crc32 {
