@@ -144,6 +144,13 @@ impl DonorService for Api {
         let directory = engine.data_directory();
         let identity = host::file_identity(directory)
             .map_err(|e| Failure::io("look at data directory", directory, &e))?;
+        let describe = {
+            let engine = Arc::clone(engine);
+            move || engine.describe()
+        };
+        let server = tokio::task::spawn_blocking(describe)
+            .await
+            .map_err(|e| Failure::bug(format!("the engine stopped: {e}")))??;
         let authentication = if self.identity.accounts {
             pb::Authentication::Accounts
         } else {
@@ -152,6 +159,11 @@ impl DonorService for Api {
         Ok(Response::new(pb::GetServerInfoResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             engine: engine.name().to_owned(),
+            server_version: server.version,
+            page_size_bytes: server.page_size,
+            character_set_server: server.character_set,
+            collation_server: server.collation,
+            variables: server.variables.into_iter().collect(),
             os: "Linux".to_owned(),
             machine: std::env::consts::ARCH.to_owned(),
             capabilities: vec!["zstd".to_owned()],

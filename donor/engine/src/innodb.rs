@@ -37,8 +37,12 @@ use std::{
 use marcot_common::failure::Failure;
 
 pub use self::server::DatabaseConfig;
-use self::{follower::Follower, server::Server, snapshot::InnodbSnapshot};
-use crate::{Engine, EngineConfig, Snapshot, SnapshotOptions, files};
+use self::{
+    follower::Follower,
+    server::{Facts, Server},
+    snapshot::InnodbSnapshot,
+};
+use crate::{Engine, EngineConfig, ServerDescription, Snapshot, SnapshotOptions, files};
 
 /// Makes snapshots of a live server.
 #[derive(Debug)]
@@ -85,6 +89,17 @@ impl Engine for InnodbEngine {
 
     fn data_directory(&self) -> &Path {
         &self.shared.data_directory
+    }
+
+    fn describe(&self) -> Result<ServerDescription, Failure> {
+        let facts = Facts::ask(&mut self.shared.server.connect()?)?;
+        Ok(ServerDescription {
+            version: facts.version.clone(),
+            page_size: facts.page_size,
+            character_set: facts.variable("character_set_server").to_owned(),
+            collation: facts.variable("collation_server").to_owned(),
+            variables: facts.variables.into_iter().collect(),
+        })
     }
 
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure> {

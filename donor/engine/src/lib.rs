@@ -30,8 +30,28 @@ pub trait Engine: fmt::Debug + Send + Sync {
     /// The data directory, resolved.
     fn data_directory(&self) -> &std::path::Path;
 
+    /// What there is to say of the server whose directory it is; nothing where there is none.
+    fn describe(&self) -> Result<ServerDescription, Failure> {
+        Ok(ServerDescription::default())
+    }
+
     /// Takes a snapshot: from here until the snapshot is dropped, what it lists can be read.
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure>;
+}
+
+/// A database server, as far as a recipient compares it with its own.
+#[derive(Debug, Clone, Default)]
+pub struct ServerDescription {
+    /// Version string.
+    pub version: String,
+    /// Page size, bytes.
+    pub page_size: u32,
+    /// Character set of the server.
+    pub character_set: String,
+    /// Collation of the server.
+    pub collation: String,
+    /// Variables that say what the copy is and where files are.
+    pub variables: BTreeMap<String, String>,
 }
 
 /// What the caller asks of a snapshot.

@@ -62,6 +62,19 @@ async fn tables_that_cannot_be_cloned_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_donor_tells_what_server_it_serves() {
+    use marcot_proto::donor::v1::{GetServerInfoRequest, donor_service_client::DonorServiceClient};
+    let live = Live::start(Version::V10_11, &["--innodb-page-size=8k"], 1 << 20);
+    let address = format!("http://{}", live.donor.0.address);
+    let mut client = DonorServiceClient::connect(address).await.expect("the donor takes calls");
+    let info = client.get_server_info(GetServerInfoRequest {}).await.expect("it answers");
+    let info = info.into_inner();
+    assert_eq!((&*info.engine, info.page_size_bytes), ("innodb", 8192), "{info:?}");
+    assert!(info.server_version.starts_with("10.11."), "{info:?}");
+    assert_eq!(info.variables["innodb_data_file_path"], "ibdata1:12M:autoextend");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_data_directory_of_another_server_is_refused() {
     let live = Live::start(Version::V10_11, &[], 1 << 20);
     let other = live.path("other");
