@@ -418,3 +418,6 @@ fn be32(bytes: &[u8], offset: usize) -> u32 {
 fn be64(bytes: &[u8], offset: usize) -> u64 {
     bytes[offset..].first_chunk().map_or(0, |b| u64::from_be_bytes(*b))
 }
+
+#[cfg(test)]
+mod tests;
