@@ -83,7 +83,7 @@ fn the_later_checkpoint_that_is_right_is_taken() {
     assert_eq!(Checkpoint::latest([&a, &b], START_OFFSET), Ok(newer));
     assert_eq!(Checkpoint::latest([&b, &a], START_OFFSET), Ok(newer));
     let mut torn = b;
-    torn[3] ^= 1;
+    torn[15] ^= 1;
     assert_eq!(Checkpoint::latest([&a, &torn], START_OFFSET), Ok(older));
     assert!(Checkpoint::latest([&torn, &torn], START_OFFSET).is_err());
     assert!(Checkpoint::latest([&a, &b], 40_000).is_err(), "before the log begins");
@@ -112,6 +112,8 @@ fn a_checkpoints_end_is_files_named_and_then_itself() {
     let end = [named.clone(), checkpoint_mtr(77_777)].concat();
     assert_eq!(ends_checkpoint(&end, 77_777, false), Some(true));
     assert_eq!(ends_checkpoint(&end[..end.len() - 1], 77_777, false), None, "more is needed");
+    // There may be one of an earlier checkpoint.
+    assert_eq!(ends_checkpoint(&end, 88_888, false), None);
     let other = [named, modify].concat();
     assert_eq!(ends_checkpoint(&other, 77_777, false), Some(false));
     assert_eq!(ends_checkpoint(&[0; 50], 77_777, false), Some(false));
