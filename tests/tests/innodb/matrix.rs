@@ -1,10 +1,12 @@
 //! One story for each kind of server and of change that the copy must carry.
 
+use marcot_proto::recipient::v1::State;
 use marcot_tests::{
+    Recipient, clone_and_wait,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
-    wait_for,
+    recipient, wait_for,
 };
 
 /// Enough for several rounds of the redo log, small enough for CI.
@@ -100,6 +102,31 @@ async fn a_gap_in_the_redo_is_closed_by_pages() {
     .await;
     let log = live.donor.0.log();
     assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
+}
+
+/// Guards R5: two clones at one time have each their own checkpoint and point, over one follower;
+/// their cuts come one after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_recipients_at_once_get_a_right_clone_each() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);
+    let other_home = marcot_tests::new_directory();
+    let other = Recipient::start(other_home.path(), &["--allow-directory", "/"]);
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(200);
+    let before = load.acknowledged();
+    let (mut first, mut second) = (recipient(&live.recipient).await, recipient(&other).await);
+    let statements = [live.statement("clone", false), live.statement("other", false)];
+    let (one, two) = tokio::join!(
+        clone_and_wait(&mut first, &statements[0]),
+        clone_and_wait(&mut second, &statements[1]),
+    );
+    let ended = load.acknowledged();
+    load.wait_for_commits(50);
+    let _report = load.stop();
+    for (name, clone) in [("clone", one), ("other", two)] {
+        assert_eq!(clone.state(), State::Completed, "{clone:?}");
+        live.check(name, &clone, &before, &ended);
+    }
 }
 
 /// Guards the switch to the file that takes the log's place.
