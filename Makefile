@@ -16,6 +16,7 @@ help:
 	@echo "make clients                drive both services by grpcio and grpcurl"
 	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
 	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
+	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
 ENGINE ?= files
@@ -53,6 +54,10 @@ soak:
 	@tests/tools/setup.sh test
 	@tests/tools/soak.sh
 
-crash-matrix faults fuzz test-mysql deploy-test audit:
+fuzz:
+	@tests/tools/setup.sh test
+	@tests/tools/fuzz.sh
+
+crash-matrix faults test-mysql deploy-test audit:
 	@echo "make $@: not available yet" >&2
 	@exit 1

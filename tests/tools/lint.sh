@@ -10,6 +10,7 @@ step() {
 
 buf=.tools/venv/bin/buf
 step cargo fmt --all --check
+step cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 step cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --quiet --locked --workspace --no-deps
 step cargo deny --locked check bans licenses sources

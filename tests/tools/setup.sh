@@ -37,6 +37,7 @@ missing_packages() {
   command -v setfacl >/dev/null || echo acl
   command -v getfattr >/dev/null || echo attr
   command -v openssl >/dev/null || echo openssl
+  command -v c++ >/dev/null || echo g++
   command -v python3 >/dev/null || echo python3
   python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
   [[ -x /usr/sbin/mariadbd ]] || command -v mariadbd >/dev/null || echo mariadb-server-core

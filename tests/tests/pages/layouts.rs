@@ -100,6 +100,57 @@ fn encrypted_system_and_undo_tablespaces_pass() {
     }
 }
 
+/// What the encryption threads find they write again in place, page after page.
+#[test]
+fn pages_that_were_encrypted_in_place_pass() {
+    for algorithm in ALGORITHMS {
+        let made = Made::new(Version::V10_11, 16384, algorithm);
+        made.fill();
+        let before = made.tablespaces();
+        let made = made.with(&["--innodb-encrypt-tables=ON", "--innodb-encryption-threads=2"]);
+        // The server takes no connections, so the wait is in what it runs; at most 30 s.
+        made.run(
+            "BEGIN NOT ATOMIC \
+               DECLARE plain, tries INT DEFAULT 1; \
+               WHILE plain > 0 AND tries < 300 DO \
+                 SET tries = tries + 1; \
+                 DO SLEEP(0.1); \
+                 SELECT COUNT(*) INTO plain \
+                   FROM information_schema.innodb_tablespaces_encryption \
+                   WHERE encryption_scheme = 0 OR rotating_or_flushing; \
+               END WHILE; \
+             END;",
+        );
+        let after = made.tablespaces();
+        check_all(&after);
+        let name = "plain.ibd";
+        assert!(!format_of(&before, name).is_encrypted() && format_of(&after, name).is_encrypted());
+    }
+}
+
+/// Freed pages stay as they were, or are zero where the server scrubs them.
+#[test]
+fn freed_pages_pass() {
+    for scrub in ["OFF", "ON"] {
+        for algorithm in ALGORITHMS {
+            let scrub = format!("--innodb-immediate-scrub-data-uncompressed={scrub}");
+            let made = Made::new(Version::V10_11, 16384, algorithm).with(&[&scrub]);
+            made.fill();
+            made.run(
+                "SET GLOBAL innodb_fast_shutdown = 0;\n\
+                 DELETE FROM t.plain WHERE id % 3 <> 0;\n\
+                 DELETE FROM t.both WHERE id % 3 <> 0;\n\
+                 DELETE FROM t.page_compressed;\n\
+                 DELETE FROM t.in_system;\n\
+                 ALTER TABLE t.encrypted DROP KEY a;\n\
+                 ALTER TABLE t.row8 DROP KEY a;\n\
+                 DROP TABLE t.geo;",
+            );
+            check_all(&made.tablespaces());
+        }
+    }
+}
+
 /// IMPORT TABLESPACE writes a new id into every page that was ever written, freed ones too, and
 /// sets their LSNs to zero. Without a .cfg file it takes no table with secondary keys.
 #[test]

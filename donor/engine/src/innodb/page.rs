@@ -2,23 +2,24 @@
 //! it is the page of that number and of that tablespace (R3: a right checksum is not the right
 //! page).
 //!
-//! What the bytes of each layout are covered by, and who else looks at the rest:
+//! What is covered in each layout by a checksum or a comparison, by byte, and what is not:
 //!
-//! | layout                    | checksum covers                 | not covered                     |
-//! |---------------------------|---------------------------------|---------------------------------|
-//! | full_crc32, encrypted too | all up to the checksum          | nothing                         |
-//! | full_crc32 page_compressed| all up to the marked size       | the rest; no reader looks       |
-//! | legacy                    | 4..26, 38..size-8               | 26..34; the LSN's lower half    |
-//! |                           |                                 | is compared with the trailer's  |
-//! | legacy encrypted          | 4..26, 38..size-8               | 0..4, 26..30, size-8..size-4:   |
-//! |                           |                                 | checksums of the plain text and |
-//! |                           |                                 | key version; they need the key  |
-//! | ROW_FORMAT=COMPRESSED     | 4..16, 24..26, 34..size         | LSN 16..24, 26..34; when        |
-//! |                           |                                 | encrypted also 0..4             |
-//! | legacy page_compressed    | by decompression: what the page | the rest behind the stream, and |
-//! |                           | holds is a legacy page          | header copies that agree        |
+//! | layout | covered | not covered |
+//! |---|---|---|
+//! | full_crc32, also encrypted | all | |
+//! | full_crc32 page_compressed | up to the size it says | what follows; no reader looks |
+//! | legacy | all but | 26..34 |
+//! | legacy, encrypted | all but | 26..30, 0..4, end-8..end-4 |
+//! | legacy page_compressed, zlib | header, the page inside | what follows; no reader looks |
+//! | the same, encrypted | all but | 26..30, what follows |
+//! | ROW_FORMAT=COMPRESSED | all but | 16..24, 26..34 |
+//! | the same, encrypted | all but | 16..24, 26..30, 0..4 |
 //!
-//! Rules are those of MariaDB 10.11 and 11.8; each names the function it comes from.
+//! 16..24 is the LSN; 26..30 a key version; the other two are checksums of the plain text. The
+//! tablespace's id cannot be seen in full_crc32 pages that are encrypted or page_compressed.
+//!
+//! Rules are those of MariaDB 10.11, each with the function that it comes from; pages of 11.8 pass
+//! them too.
 
 mod bytes;
 mod checksum;

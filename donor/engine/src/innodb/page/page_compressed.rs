@@ -2,8 +2,8 @@
 //!
 //! The server gives them no checksum of their own; it finds out when it decompresses, and so does
 //! this for zlib, the default. The other algorithms are plugins of the server; to follow them, five
-//! libraries would have to read what a damaged page says. Encrypted pages do carry a checksum, which
-//! the server writes and does not read.
+//! libraries would have to read what a damaged page says. Encrypted pages do carry a checksum,
+//! which the server writes and does not read.
 
 use miniz_oxide::inflate::{
     TINFLStatus,

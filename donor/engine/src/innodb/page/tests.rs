@@ -54,6 +54,19 @@ fn legacy() -> PageFormat {
     PageFormat::from_first_page(&sealed_legacy(LEGACY_16K, 0)).unwrap()
 }
 
+/// As page 5 is written whose content is `inside`.
+fn page_compressed(inside: &[u8]) -> Vec<u8> {
+    let stream = miniz_oxide::deflate::compress_to_vec_zlib(inside, 6);
+    let mut page = vec![0; PAGE];
+    page[..DATA].copy_from_slice(&sealed_legacy(LEGACY_16K, 5)[..DATA]);
+    put(&mut page, 0, NO_CHECKSUM);
+    page[TYPE..TYPE + 2].copy_from_slice(&34354_u16.to_be_bytes());
+    put(&mut page, KEY_VERSION + 4, 1);
+    page[DATA..DATA + 2].copy_from_slice(&u16::try_from(stream.len()).unwrap().to_be_bytes());
+    page[DATA + 2..][..stream.len()].copy_from_slice(&stream);
+    page
+}
+
 fn row_format_compressed() -> PageFormat {
     let mut first = page(ROW_FORMAT_COMPRESSED_8K, 0);
     first.truncate(8192);
@@ -210,31 +223,23 @@ fn a_page_compressed_by_a_plugin_is_unchecked() {
 /// What is compressed must be the page whose header stands before it.
 #[test]
 fn a_compressed_page_that_holds_another_is_refused() {
-    let compress = |inside: &[u8]| {
-        let stream = miniz_oxide::deflate::compress_to_vec_zlib(inside, 6);
-        let mut page = vec![0; PAGE];
-        page[..DATA].copy_from_slice(&sealed_legacy(LEGACY_16K, 5)[..DATA]);
-        put(&mut page, 0, NO_CHECKSUM);
-        page[TYPE..TYPE + 2].copy_from_slice(&34354_u16.to_be_bytes());
-        put(&mut page, KEY_VERSION + 4, 1);
-        page[DATA..DATA + 2].copy_from_slice(&u16::try_from(stream.len()).unwrap().to_be_bytes());
-        page[DATA + 2..][..stream.len()].copy_from_slice(&stream);
-        page
-    };
     let whole = sealed_legacy(LEGACY_16K, 5);
-    assert_eq!(legacy().check(&compress(&whole), 5), VALID);
+    assert_eq!(legacy().check(&page_compressed(&whole), 5), VALID);
     let found = PAGE - 1;
     assert_eq!(
-        legacy().check(&compress(&whole[1..]), 5),
+        legacy().check(&page_compressed(&whole[1..]), 5),
         Err(PageError::Expanded { found, expected: PAGE })
     );
     assert_eq!(
-        legacy().check(&compress(&sealed_legacy(LEGACY_16K, 6)), 5),
+        legacy().check(&page_compressed(&sealed_legacy(LEGACY_16K, 6)), 5),
         Err(PageError::Header { offset: PAGE_NUMBER, found: 5, inside: 6 })
     );
     let mut damaged = whole;
     damaged[100] ^= 1;
-    assert!(matches!(legacy().check(&compress(&damaged), 5), Err(PageError::Checksum { .. })));
+    assert!(matches!(
+        legacy().check(&page_compressed(&damaged), 5),
+        Err(PageError::Checksum { .. })
+    ));
 }
 
 /// Flags decide how all else is read, so every field is held against what servers write.
@@ -306,6 +311,32 @@ fn the_doublewrite_buffer_is_where_page_5_says() {
     put(&mut page, 4096 - 190, 1);
     assert_eq!(doublewrite_pages(&page), Err(DoublewriteError::Magic { found: 1 }));
     assert_eq!(doublewrite_pages(&[]), Err(DoublewriteError::Length { found: 0 }));
+}
+
+/// One core on warm pages; a terabyte goes through here. Run it with
+/// `cargo test --release -p marcot-engine --lib check_rates -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, of release builds"]
+fn check_rates() {
+    let full_crc32 = PageFormat::from_first_page(&sealed_full_crc32(0)).unwrap();
+    let compressed = page_compressed(&sealed_legacy(LEGACY_16K, 5));
+    for (name, format, page) in [
+        ("full_crc32", full_crc32, sealed_full_crc32(5)),
+        ("legacy", legacy(), sealed_legacy(LEGACY_16K, 5)),
+        ("legacy page_compressed", legacy(), compressed),
+        ("zero", full_crc32, vec![0; PAGE]),
+    ] {
+        let begin = std::time::Instant::now();
+        let mut pages = 0;
+        while begin.elapsed().as_millis() < 500 {
+            for _ in 0..64 {
+                assert!(format.check(std::hint::black_box(&page), 5).is_ok());
+            }
+            pages += 64;
+        }
+        let rate = f64::from(pages) * PAGE as f64 / 1_048_576.0 / begin.elapsed().as_secs_f64();
+        println!("{name}: {rate:.0} MiB/s");
+    }
 }
 
 /// Flags of every layout, and any.

@@ -1,0 +1,16 @@
+//! The engine's pure parsers, taken in by their files: the engine as a whole would have the gRPC
+//! stack built once more, with instrumentation.
+
+#[path = "../../../donor/engine/src/innodb"]
+pub mod innodb {
+    pub mod frm;
+    pub mod page;
+    pub mod redo;
+}
+
+/// Puts a big-endian number where there is room for it.
+pub fn put(bytes: &mut [u8], offset: usize, value: u32) {
+    if let Some(field) = bytes.get_mut(offset..offset + 4) {
+        field.copy_from_slice(&value.to_be_bytes());
+    }
+}
