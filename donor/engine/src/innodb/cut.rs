@@ -22,7 +22,7 @@ use marcot_common::failure::Failure;
 use tonic::Code;
 
 use super::sabotage;
-use super::server::{Server, Session, SqlError};
+use super::server::{Row, Server, Session, SqlError};
 
 /// Longest wait for one lock, seconds, before all are let go: who waits for these locks stops who
 /// comes after.
@@ -183,16 +183,7 @@ pub(super) struct RestingReplica {
 pub(super) fn rest_replica(server: &Server) -> Result<Option<RestingReplica>, Failure> {
     let failed = |action: &'static str| move |error: SqlError| error.failure(action);
     let mut holder = server.connect()?;
-    let ask = |holder: &mut Session| -> Result<Vec<(String, bool)>, Failure> {
-        let rows = holder.rows("SHOW ALL SLAVES STATUS");
-        let rows = rows.map_err(failed("ask for the replica's state"))?;
-        let state = |row: &super::server::Row| {
-            (row.named("Connection_name"), row.named("Slave_SQL_Running") != "No")
-        };
-        Ok(rows.iter().map(state).collect())
-    };
-    let running: Vec<String> =
-        ask(&mut holder)?.into_iter().filter(|(_, runs)| *runs).map(|(name, _)| name).collect();
+    let running = running_threads(&mut holder)?;
     if running.is_empty() {
         return Ok(None);
     }
@@ -210,6 +201,9 @@ pub(super) fn rest_replica(server: &Server) -> Result<Option<RestingReplica>, Fa
     let each = |verb: &str| -> String {
         quoted.iter().map(|name| format!("{verb} SLAVE {name} SQL_THREAD;")).collect()
     };
+    // A name may hold a backslash; with this mode a quote is all that ends a string.
+    let mode = runner.execute("SET SESSION sql_mode='NO_BACKSLASH_ESCAPES'");
+    mode.map_err(failed("prepare the replica's rest"))?;
     let statement = format!(
         "BEGIN NOT ATOMIC DECLARE CONTINUE HANDLER FOR SQLEXCEPTION BEGIN END; {} \
          DO GET_LOCK('{lock}', {REPLICA_REST_SECONDS}); {} END",
@@ -222,7 +216,7 @@ pub(super) fn rest_replica(server: &Server) -> Result<Option<RestingReplica>, Fa
     })?;
     let mut resting = RestingReplica { holder, lock, runner: Some(runner) };
     let deadline = Instant::now() + Duration::from_secs(u64::from(REPLICA_REST_SECONDS) / 2);
-    while ask(&mut resting.holder)?.iter().any(|(name, runs)| *runs && running.contains(name)) {
+    while running_threads(&mut resting.holder)?.iter().any(|name| running.contains(name)) {
         if resting.runner.as_ref().is_some_and(JoinHandle::is_finished) {
             let ended = resting.runner.take().and_then(|runner| runner.join().ok());
             let text = match ended {
@@ -245,6 +239,33 @@ pub(super) fn rest_replica(server: &Server) -> Result<Option<RestingReplica>, Fa
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(Some(resting))
+}
+
+/// Connections whose SQL threads run.
+fn running_threads(session: &mut Session) -> Result<Vec<String>, Failure> {
+    let rows = session.rows("SHOW ALL SLAVES STATUS");
+    let rows = rows.map_err(|error| error.failure("ask for the replica's state"))?;
+    let runs = |row: &&Row| row.named("Slave_SQL_Running") != "No";
+    Ok(rows.iter().filter(runs).map(|row| row.named("Connection_name")).collect())
+}
+
+/// Fails when SQL threads run although they are to rest: the server has started them because the
+/// cut took too long. Asked once commits are blocked, it proves that no event group is half
+/// applied.
+pub(super) fn check_rest(session: &mut Session) -> Result<(), Failure> {
+    let running = running_threads(session)?;
+    if running.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Unavailable,
+        "REPLICA_NOT_STOPPED",
+        format!(
+            "the replica's SQL threads run again before the cut was made (connections: {}): they \
+             rest for {REPLICA_REST_SECONDS} s at most; clone again when less DDL goes on",
+            running.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+        ),
+    ))
 }
 
 impl Drop for RestingReplica {

@@ -280,7 +280,7 @@ impl InnodbSnapshot {
         let known = session.tablespace_ids().map_err(|e| e.failure("list tablespaces"))?;
         let is_table = |id: &u32| *id < TABLE_SPACES_END;
         let last_space = known.iter().copied().filter(is_table).max().unwrap_or(0);
-        let mut survey = Survey::new(&classifier, known, facts.page_size, &mut unsettled);
+        let mut survey = Survey::new(&classifier, known, &mut unsettled);
         let spool = &shared.spool_directory;
         let first = compare::relist(&tree, &mut survey, None, spool, &mut |_| Ok(()))?;
         survey.check_engines()?;
@@ -329,7 +329,7 @@ impl InnodbSnapshot {
         progress: Progress<'_>,
     ) -> Result<(Relisted, Vec<RelativePath>), Failure> {
         let known = session.tablespace_ids().map_err(|e| e.failure("list tablespaces"))?;
-        let mut survey = Survey::new(&self.classifier, known, self.facts.page_size, unsettled);
+        let mut survey = Survey::new(&self.classifier, known, unsettled);
         let spool = &self.shared.spool_directory;
         let relisted = compare::relist(&self.tree, &mut survey, Some(base), spool, progress)?;
         survey.check_engines()?;
@@ -562,7 +562,10 @@ impl InnodbSnapshot {
         let bytes = relisted.list.records.totals.data_bytes;
         let is_replaced = advancing.spaces.first_replaced(&relisted)?.is_some();
         if is_replaced || bytes > self.shared.quota.min(4 * LEFT_FOR_LOCKS_BYTES) {
-            lock.end()?;
+            // DDL that is blocked for the whole clone stays blocked.
+            if advancing.ddl.is_none() {
+                lock.end()?;
+            }
             return Ok(Cut::TooMuch(Box::new(relisted)));
         }
         let mut stash = Stash::create(&self.shared.spool_directory, self.shared.quota)?;
@@ -576,6 +579,7 @@ impl InnodbSnapshot {
         let commit_begun = Instant::now();
         lock.block_commit()?;
         let commit_blocked = Instant::now();
+        cut::check_rest(lock.session())?;
         late.read_again(&self.tree, &mut stash)?;
         let coordinates = point::coordinates(lock.session(), &self.facts)
             .map_err(|e| e.failure("read the coordinates"))?;
@@ -719,7 +723,6 @@ impl InnodbSnapshot {
             Class::System(index) => self.system.file(index),
             _ => TablespaceOf::look(&file, path, &shown, space)?,
         };
-        let size = size - size % of.format.physical_page_size() as u64;
         let counts = Arc::clone(&self.counts);
         let reader = TablespaceReader::new(file, path.clone(), shown, size, of, counts);
         Ok(Box::new(match since.filter(|_| record.entry.change == Change::Patch) {
@@ -917,7 +920,10 @@ fn ddl_timeout(options: &SnapshotOptions) -> Duration {
 
 /// Whether another try of the cut may end better: a file that was written, a connection lost.
 fn is_passing(failure: &Failure) -> bool {
-    matches!(failure.reason.as_ref(), "FILE_CHANGED" | "FILE_VANISHED" | "DATABASE_LOST")
+    matches!(
+        failure.reason.as_ref(),
+        "FILE_CHANGED" | "FILE_VANISHED" | "DATABASE_LOST" | "REPLICA_NOT_STOPPED"
+    )
 }
 
 fn too_fast(bytes: u64) -> Failure {

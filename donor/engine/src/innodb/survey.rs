@@ -16,6 +16,9 @@ use crate::files::walk::{Found, Judge};
 /// Bytes of a tablespace's first page up to the end of what is looked at.
 const HEAD_BYTES: usize = 4096;
 
+/// The smallest page: KEY_BLOCK_SIZE=1.
+const PAGE_BYTES_MIN: u64 = 1024;
+
 /// Most tables that one error names.
 const FOREIGN_MAX: usize = 20;
 
@@ -51,7 +54,6 @@ pub(super) struct Survey<'a> {
     classifier: &'a Classifier,
     /// Tablespaces that the server knew before the walk.
     known: HashSet<u32>,
-    page_bytes: u64,
     /// Makes the mark of each unsettled file of each walk another one.
     unsettled: &'a mut u64,
     /// Files to be read once commits are blocked.
@@ -64,17 +66,9 @@ impl<'a> Survey<'a> {
     pub(super) fn new(
         classifier: &'a Classifier,
         known: HashSet<u32>,
-        page_bytes: u32,
         unsettled: &'a mut u64,
     ) -> Self {
-        Self {
-            classifier,
-            known,
-            page_bytes: page_bytes.into(),
-            unsettled,
-            late: Vec::new(),
-            foreign: Vec::new(),
-        }
+        Self { classifier, known, unsettled, late: Vec::new(), foreign: Vec::new() }
     }
 
     /// Fails when tables were found that this engine cannot copy.
@@ -159,13 +153,18 @@ impl Judge for Survey<'_> {
         let mark = self.mark(class, file, &found.path)?;
         if mark != 0 {
             found.identity = found.identity.live(mark, birth(file));
-            // What is beyond the last whole page is being written; redo has it.
             if let Kind::Regular { size, .. } = &mut found.kind {
-                *size -= *size % self.page_bytes.min(4096);
+                *size = whole_pages(*size);
             }
         }
         Ok(Some(found))
     }
+}
+
+/// The size without what is beyond the last whole page: that is being written, redo has it. A table
+/// of pages of 1 or 2 KiB may end within a block of 4 KiB (fil_space_extend_must_retry).
+fn whole_pages(size: u64) -> u64 {
+    size - size % PAGE_BYTES_MIN
 }
 
 /// When a file was created; all zero on a file system that does not say. Inodes are used again at
@@ -195,4 +194,16 @@ fn read_up_to(file: &File, buffer: &mut [u8]) -> std::io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards the last pages of KEY_BLOCK_SIZE=1 and 2: cut to blocks of 4 KiB they are lost.
+    #[test]
+    fn a_last_page_of_one_kib_is_listed() {
+        assert_eq!(whole_pages(65536 + 1024), 65536 + 1024);
+        assert_eq!(whole_pages(65536 + 1023), 65536);
+    }
 }

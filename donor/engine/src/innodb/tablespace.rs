@@ -71,6 +71,8 @@ pub(super) struct TablespaceReader {
     path: RelativePath,
     shown: PathBuf,
     size: u64,
+    /// End of its last whole page. What is beyond was being added when it was listed: redo has it.
+    pages_end: u64,
     of: TablespaceOf,
     page_bytes: usize,
     /// Pages below this LSN are as an earlier round has them.
@@ -148,7 +150,7 @@ impl TablespaceOf {
 }
 
 impl TablespaceReader {
-    /// Reads `size` bytes of an open file, a multiple of its page size.
+    /// Reads `size` bytes of an open file; a last piece that is no whole page reads as zero.
     pub(super) fn new(
         file: File,
         path: RelativePath,
@@ -165,6 +167,7 @@ impl TablespaceReader {
             path,
             shown,
             size,
+            pages_end: size - size % page_bytes as u64,
             of,
             page_bytes,
             since: None,
@@ -200,7 +203,8 @@ impl TablespaceReader {
                 ),
             ));
         }
-        let bytes = usize::try_from(self.size - offset).unwrap_or(WINDOW_BYTES).min(WINDOW_BYTES);
+        let left = usize::try_from(self.pages_end - offset).unwrap_or(WINDOW_BYTES);
+        let bytes = left.min(WINDOW_BYTES);
         self.window.resize(bytes, 0);
         self.window_at = (0, 0);
         read_or_zero(&self.file, &mut self.window, offset)
@@ -312,11 +316,11 @@ impl TablespaceReader {
     fn hole_until(&self, offset: u64) -> Option<u64> {
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => self.size,
+            Err(rustix::io::Errno::NXIO) => self.pages_end,
             Err(_) => return None,
         };
         let page = self.page_bytes as u64;
-        let until = data.min(self.size) / page * page;
+        let until = data.min(self.pages_end) / page * page;
         (until > offset).then_some(until)
     }
 }
@@ -331,6 +335,9 @@ impl FileReader for TablespaceReader {
     }
 
     fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure> {
+        if offset >= self.pages_end {
+            return Ok(Span { end, content: Content::Hole });
+        }
         let (start, bytes) = self.window_at;
         let is_loaded = (start..start + bytes as u64).contains(&offset);
         // What was a hole at the look and is none any more was written since: redo has it.
@@ -358,6 +365,10 @@ impl FileReader for TablespaceReader {
         let mut done = 0;
         while done < buffer.len() {
             let at = offset + done as u64;
+            if at >= self.pages_end {
+                buffer[done..].fill(0);
+                break;
+            }
             self.load(at)?;
             let (start, bytes) = self.window_at;
             let from = usize::try_from(at - start).unwrap_or(0);
@@ -438,5 +449,49 @@ impl FileReader for RawReader {
 
     fn file(&self) -> Option<&File> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = 16384;
+
+    /// The first page of a full_crc32 tablespace.
+    fn first_page() -> Vec<u8> {
+        let mut page = vec![0; PAGE];
+        page[34..38].copy_from_slice(&7_u32.to_be_bytes());
+        page[38..42].copy_from_slice(&7_u32.to_be_bytes());
+        page[54..58].copy_from_slice(&0x15_u32.to_be_bytes());
+        let checksum = crc32c::crc32c(&page[..PAGE - 4]);
+        page[PAGE - 4..].copy_from_slice(&checksum.to_be_bytes());
+        page
+    }
+
+    /// Guards a listed size that is no whole number of pages: a file that grew while it was listed.
+    /// Without `pages_end` the piece is checked as a page, and every clone of such a file fails.
+    #[test]
+    fn a_piece_of_a_page_at_the_end_reads_as_zero() {
+        let directory = tempfile::tempdir().unwrap();
+        let shown = directory.path().join("t.ibd");
+        let piece = 3072;
+        let size = (2 * PAGE + piece) as u64;
+        let content = [first_page(), vec![0; PAGE], vec![9; piece]].concat();
+        std::fs::write(&shown, content).unwrap();
+        let path = RelativePath::new(b"db/t.ibd").unwrap();
+        let file = File::open(&shown).unwrap();
+        let of = TablespaceOf::look(&file, &path, &shown, 7).unwrap();
+        let counts = Arc::default();
+        let mut reader = TablespaceReader::new(file, path, shown, size, of, counts);
+        assert_eq!(reader.size(), size);
+        let data = Span { end: 2 * PAGE as u64, content: Content::Data };
+        assert_eq!(reader.span(0, size).unwrap(), data);
+        let hole = Span { end: size, content: Content::Hole };
+        assert_eq!(reader.span(2 * PAGE as u64, size).unwrap(), hole);
+        let mut read = vec![1; usize::try_from(size).unwrap()];
+        reader.read_exact_at(&mut read, 0).unwrap();
+        assert_eq!(read[..PAGE], first_page());
+        assert!(is_zero(&read[PAGE..]));
     }
 }
