@@ -262,6 +262,8 @@ impl Drop for Stopper<'_> {
 /// passing over ENOENT of `statat`, and of `getdents` in a directory removed while open.
 #[test]
 fn changes_during_a_walk_are_in_a_later_round() {
+    // A thread that got no time changed nothing before the end, and all it liked after it.
+    let mut compared = 0;
     for seed in 0..60 {
         eprintln!("seed {seed}");
         let mut random = Random(seed);
@@ -271,6 +273,7 @@ fn changes_during_a_walk_are_in_a_later_round() {
         }
         let stop = AtomicBool::new(false);
         let mut model = Model::default();
+        let before = compared;
         std::thread::scope(|scope| {
             let changes = scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
@@ -284,11 +287,18 @@ fn changes_during_a_walk_are_in_a_later_round() {
             let mut position = advance(&*snapshot, 1).unwrap().position;
             drop(stopper);
             changes.join().unwrap();
+            if position.stage == Stage::Done {
+                return;
+            }
+            compared += 1;
             while position.stage != Stage::Done {
                 model.apply(&*snapshot, position.round, || {});
                 position = advance(&*snapshot, position.round).unwrap().position;
             }
         });
-        assert_eq!(model.tree(), real_tree(&fixture.data()), "seed {seed}");
+        // Not by assert_eq: a tree holds all contents.
+        let is_same = compared == before || model.tree() == real_tree(&fixture.data());
+        assert!(is_same, "seed {seed}");
     }
+    assert!(compared >= 30, "the thread got time in {compared} of 60 trees");
 }
