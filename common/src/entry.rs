@@ -121,4 +121,15 @@ impl Totals {
             self.data_bytes = self.data_bytes.saturating_add(size.min(allocated));
         }
     }
+
+    /// Takes back what `add` has counted.
+    pub fn remove(&mut self, entry: &Entry) {
+        self.entries = self.entries.saturating_sub(1);
+        if let Some(Kind::Regular { size, allocated }) = entry.kind {
+            self.files = self.files.saturating_sub(1);
+            self.size_bytes = self.size_bytes.saturating_sub(size);
+            self.allocated_bytes = self.allocated_bytes.saturating_sub(allocated);
+            self.data_bytes = self.data_bytes.saturating_sub(size.min(allocated));
+        }
+    }
 }

@@ -199,7 +199,11 @@ impl ChunkReader {
         let Some((_, reader)) = open.as_mut() else {
             return Ok(Err(Failure::bug("no file is open")));
         };
-        let end = range.offset + range.length;
+        let mut end = range.offset + range.length;
+        if reader.is_growing() {
+            // What is not there yet is asked for again.
+            end = end.min(reader.size());
+        }
         if end > reader.size() {
             let text = format!(
                 "range of file {} ends at {end}, the file has {} bytes",

@@ -7,6 +7,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use marcot_common::{
     chunk::MESSAGE_BYTES_MAX,
     connect::{ConnectOptions, DonorConnection, connect},
@@ -30,9 +31,9 @@ use tracing::{Span, warn};
 
 use crate::{
     fetch::{
-        StreamWork,
+        FetchContext, StreamWork,
         decode::SILENCE_MAX,
-        remote::{ReadOptions, copy_units},
+        remote::{ReadOptions, copy_units, follow},
         stopped,
     },
     job::CloneJob,
@@ -214,6 +215,39 @@ fn told(name: &str, status: &tonic::Status) -> Failure {
     failure.from_donor()
 }
 
+/// What a stream does on its connection.
+type Reading =
+    for<'a> fn(Channel, &'a ReadOptions, &'a FetchContext) -> BoxFuture<'a, Result<(), Failure>>;
+
+impl DonorSource {
+    /// Work on a connection of its own.
+    fn stream(&self, reading: Reading) -> StreamWork {
+        let connection = StreamConnection {
+            options: self.pinned.clone(),
+            snapshot: self.snapshot.clone(),
+            key: self.accounts.then(|| Arc::clone(&self.key)),
+        };
+        let read = ReadOptions {
+            snapshot: self.snapshot.clone(),
+            compression_level: self.compression_level,
+        };
+        let span = Span::current();
+        Box::new(move |context| {
+            let _in_the_clones_trace = span.enter();
+            // One thread for the connection and the disk: nothing is handed over between cores.
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(|e| Failure::bug(format!("start a stream's runtime: {e}")))?;
+            runtime.block_on(async {
+                let opened = context.stop.run_until_cancelled(connection.open()).await;
+                let channel = opened.unwrap_or_else(|| Err(stopped()))?;
+                reading(channel, &read, context).await
+            })
+        })
+    }
+}
+
 #[tonic::async_trait]
 impl Source for DonorSource {
     fn opened(&self) -> Opened {
@@ -258,32 +292,13 @@ impl Source for DonorSource {
     }
 
     fn streams(&self, count: usize) -> Vec<StreamWork> {
-        let work = || -> StreamWork {
-            let connection = StreamConnection {
-                options: self.pinned.clone(),
-                snapshot: self.snapshot.clone(),
-                key: self.accounts.then(|| Arc::clone(&self.key)),
-            };
-            let read = ReadOptions {
-                snapshot: self.snapshot.clone(),
-                compression_level: self.compression_level,
-            };
-            let span = Span::current();
-            Box::new(move |context| {
-                let _in_the_clones_trace = span.enter();
-                // One thread for the connection and the disk: nothing is handed over between cores.
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()
-                    .map_err(|e| Failure::bug(format!("start a stream's runtime: {e}")))?;
-                runtime.block_on(async {
-                    let opened = context.stop.run_until_cancelled(connection.open()).await;
-                    let channel = opened.unwrap_or_else(|| Err(stopped()))?;
-                    copy_units(channel, &read, context).await
-                })
-            })
-        };
+        let work =
+            || self.stream(|channel, read, context| Box::pin(copy_units(channel, read, context)));
         std::iter::repeat_with(work).take(count).collect()
+    }
+
+    fn follower(&self) -> StreamWork {
+        self.stream(|channel, read, context| Box::pin(follow(channel, read, context)))
     }
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {

@@ -7,13 +7,19 @@ pub mod decode;
 pub mod local;
 pub mod remote;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use marcot_common::{failure::Failure, position::Position};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::{plan::FetchPlan, progress::Progress, staging::Staging};
+use crate::{growing::GrowingFiles, plan::FetchPlan, progress::Progress, staging::Staging};
+
+/// Most bytes of a growing file that are read, and made durable, at a time.
+const FOLLOW_BYTES: u64 = 16 << 20;
+
+/// Pause once all of a growing file has been read: each look is a call and an fsync.
+const FOLLOW_PAUSE: Duration = Duration::from_millis(500);
 
 /// What all streams of a round share.
 #[derive(Debug)]
@@ -26,6 +32,10 @@ pub struct FetchContext {
     pub progress: Arc<Progress>,
     /// The stage and round that is read.
     pub position: Position,
+    /// Files that grow while they are read.
+    pub growing: Arc<GrowingFiles>,
+    /// Cancelled when all but growing files is copied.
+    pub copied: CancellationToken,
     /// Stops all streams.
     pub stop: CancellationToken,
 }
@@ -33,10 +43,16 @@ pub struct FetchContext {
 /// Work of one stream, on a thread of its own, until the plan has no more units.
 pub type StreamWork = Box<dyn FnOnce(&FetchContext) -> Result<(), Failure> + Send>;
 
-/// Runs all streams and waits for them; the first failure stops the others.
-pub async fn fetch(context: Arc<FetchContext>, streams: Vec<StreamWork>) -> Result<(), Failure> {
-    let mut ends = Vec::with_capacity(streams.len());
-    for (number, work) in streams.into_iter().enumerate() {
+/// Runs all streams and waits for them; the first failure stops the others. `follower` reads what
+/// grows meanwhile.
+pub async fn fetch(
+    context: Arc<FetchContext>,
+    streams: Vec<StreamWork>,
+    follower: Option<StreamWork>,
+) -> Result<(), Failure> {
+    let count = streams.len();
+    let mut ends = Vec::with_capacity(count + 1);
+    for (number, work) in streams.into_iter().chain(follower).enumerate() {
         let (sender, receiver) = oneshot::channel();
         let context = Arc::clone(&context);
         let thread = std::thread::Builder::new().name(format!("stream-{number}"));
@@ -60,7 +76,10 @@ pub async fn fetch(context: Arc<FetchContext>, streams: Vec<StreamWork>) -> Resu
         ends.push(receiver);
     }
     let mut first_failure = None;
-    for end in ends {
+    for (number, end) in ends.into_iter().enumerate() {
+        if number == count {
+            context.copied.cancel();
+        }
         let result = end.await.unwrap_or_else(|_| Err(Failure::bug("a stream panicked")));
         if let Err(failure) = result
             && (first_failure.is_none() || is_consequence(first_failure.as_ref()))

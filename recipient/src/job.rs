@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use self::status::CloneStatus;
 use crate::{
     fetch::{FetchContext, fetch, stopped},
+    growing::GrowingFiles,
     install::{OwnDirectory, install},
     list::{FileList, ListReceiver, merge},
     plan::FetchPlan,
@@ -47,6 +48,8 @@ pub struct CloneJob {
     pub status: Arc<CloneStatus>,
     /// What is counted.
     pub progress: Arc<Progress>,
+    /// Files that grow on the donor.
+    pub growing: Arc<GrowingFiles>,
     /// Cancelled when the user cancels or the service stops.
     pub cancel: CancellationToken,
 }
@@ -153,7 +156,7 @@ impl CloneJob {
         list: FileList,
     ) -> Result<FileList, Failure> {
         let (staging, progress) = (Arc::clone(staging), Arc::clone(&self.progress));
-        let cancel = self.cancel.clone();
+        let (growing, cancel) = (Arc::clone(&self.growing), self.cancel.clone());
         blocking(move || {
             let merged = match whole {
                 Some(whole) => merge(&whole, &list, &mut staging.changes())?,
@@ -165,6 +168,7 @@ impl CloneJob {
                     return Err(stopped());
                 }
                 progress.listed_again(&entry);
+                growing.listed(&entry)?;
                 match (entry.change, &entry.kind) {
                     (Change::Rename, _) => staging.put_back(entry.file_id, &entry.path)?,
                     (Change::Truncate, Some(Kind::Regular { size, .. })) => {
@@ -188,14 +192,18 @@ impl CloneJob {
         position: Position,
     ) -> Result<(), Failure> {
         let context = FetchContext {
-            plan: FetchPlan::new(list, source.cut())?,
+            plan: FetchPlan::new(list, &self.growing, source.cut())?,
             staging: Arc::clone(staging),
             progress: Arc::clone(&self.progress),
             position,
+            growing: Arc::clone(&self.growing),
+            copied: CancellationToken::new(),
             stop: self.cancel.child_token(),
         };
         let streams = source.streams(self.request.concurrency);
-        fetch(Arc::new(context), streams).await
+        let grows = !self.growing.growing().is_empty();
+        let follower = grows.then(|| source.follower());
+        fetch(Arc::new(context), streams, follower).await
     }
 
     /// Makes hard links, now that the files that they name are there.

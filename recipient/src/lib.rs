@@ -11,6 +11,7 @@ pub mod api;
 pub mod cli;
 pub mod donor_client;
 pub mod fetch;
+pub mod growing;
 pub mod install;
 pub mod job;
 pub mod list;

@@ -1,6 +1,6 @@
 //! What is fetched, cut into units: pure, from a list.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use marcot_common::{
     entry::{Change, Entry, FileId, Kind},
@@ -8,7 +8,10 @@ use marcot_common::{
     path::RelativePath,
 };
 
-use crate::list::{Entries, FileList};
+use crate::{
+    growing::GrowingFiles,
+    list::{Entries, FileList},
+};
 
 /// Files up to this size travel packed.
 const SMALL_BYTES_MAX: u64 = 1 << 20;
@@ -65,6 +68,7 @@ pub struct FetchPlan {
 #[derive(Debug)]
 struct Cutter {
     entries: Entries,
+    growing: Arc<GrowingFiles>,
     cut: Cut,
     /// A large file that is being cut: its entry, its size, the next offset, bytes of a segment.
     large: Option<(Entry, u64, u64, u64)>,
@@ -74,8 +78,9 @@ struct Cutter {
 
 impl FetchPlan {
     /// Plans what the list asks to be read.
-    pub fn new(list: &FileList, cut: Cut) -> Result<Self, Failure> {
-        let cutter = Cutter { entries: list.entries()?, cut, large: None, next: None };
+    pub fn new(list: &FileList, growing: &Arc<GrowingFiles>, cut: Cut) -> Result<Self, Failure> {
+        let growing = Arc::clone(growing);
+        let cutter = Cutter { entries: list.entries()?, growing, cut, large: None, next: None };
         Ok(Self { state: Mutex::new(cutter) })
     }
 
@@ -97,14 +102,19 @@ impl Cutter {
                 break;
             };
             let size = entry.content_bytes();
+            // Of a file that has grown the first bytes are here.
+            let from = match entry.change {
+                Change::Patch => self.growing.durable_bytes(entry.file_id).min(size),
+                _ => 0,
+            };
             if size <= SMALL_BYTES_MAX {
                 bytes += size;
                 unit.parts.push(Part {
                     file_id: entry.file_id,
                     path: entry.path.clone(),
                     size,
-                    offset: 0,
-                    length: size,
+                    offset: from,
+                    length: size - from,
                     patches: entry.change == Change::Patch,
                     whole: Some(Box::new(entry)),
                 });
@@ -113,7 +123,7 @@ impl Cutter {
                     Cut::Segments => segment_bytes(size, allocated),
                     Cut::WholeFiles => size,
                 };
-                self.large = Some((entry, size, 0, segment));
+                self.large = Some((entry, size, from, segment));
                 return Ok(self.next_segment());
             } else {
                 self.next = Some((entry, allocated));
@@ -150,6 +160,9 @@ impl Cutter {
         }
         for entry in self.entries.by_ref() {
             let entry = entry?;
+            if entry.growing {
+                continue;
+            }
             if let (
                 Change::Add | Change::Replace | Change::Patch,
                 Some(Kind::Regular { allocated, .. }),

@@ -27,6 +27,9 @@ pub trait Source: std::fmt::Debug + Send + Sync {
     /// Work for each of `count` streams.
     fn streams(&self, count: usize) -> Vec<StreamWork>;
 
+    /// Work for a stream that reads what grows.
+    fn follower(&self) -> StreamWork;
+
     /// Moves on from `from`, all of which is durable.
     async fn advance(&self, from: Position) -> Result<Advanced, Failure>;
 
@@ -96,6 +99,11 @@ impl Source for LocalSource {
             Box::new(move |context| local::copy_units(&snapshot, context))
         };
         std::iter::repeat_with(work).take(count).collect()
+    }
+
+    fn follower(&self) -> StreamWork {
+        let snapshot = Arc::clone(&self.snapshot);
+        Box::new(move |context| local::follow(&snapshot, context))
     }
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {

@@ -35,6 +35,28 @@ pub struct Unfinished {
     pub failure: Failure,
 }
 
+/// Takes what a ReadRanges call sends, in order.
+pub trait ChunkSink: Send {
+    /// Writes the next bytes. `pieces` hold exactly `length` bytes.
+    fn write(
+        &mut self,
+        file_id: u64,
+        offset: u64,
+        length: u64,
+        pieces: &[Bytes],
+    ) -> Result<(), Failure>;
+
+    /// Passes over a hole.
+    fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure>;
+
+    /// Passes over what an earlier round has written.
+    fn keep(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure>;
+
+    /// Gives a file up, the present one or the one just finished: the next round must list it
+    /// again. The donor finds a change only after it has sent the last byte.
+    fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure>;
+}
+
 /// Writes a unit.
 #[derive(Debug)]
 pub struct UnitWriter<'a> {
@@ -85,58 +107,6 @@ impl<'a> UnitWriter<'a> {
         self.index
     }
 
-    /// Writes the next bytes. `pieces` hold exactly `length` bytes.
-    pub fn write(
-        &mut self,
-        file_id: u64,
-        offset: u64,
-        length: u64,
-        pieces: &[Bytes],
-    ) -> Result<(), Failure> {
-        let part = self.check(file_id, offset, length)?;
-        let mut at = offset;
-        let staging = self.staging;
-        let file = self.open(part)?;
-        for group in pieces.chunks(SLICES_MAX) {
-            at = write_all_at(file, group, at).map_err(|e| {
-                let shown = staging.tree().join(part.path.as_path());
-                Failure::io("write", &shown, &e)
-            })?;
-        }
-        if at != offset + length {
-            return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
-        }
-        self.advance(part, length, length)
-    }
-
-    /// Passes over a hole: a fresh file reads as zero there, an older one is made to.
-    pub fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
-        let part = self.check(file_id, offset, length)?;
-        let staging = self.staging;
-        let file = self.open(part)?;
-        if part.patches {
-            punch_hole(file, offset, length).map_err(|e| {
-                let shown = staging.tree().join(part.path.as_path());
-                Failure::io("punch a hole in", &shown, &e)
-            })?;
-        }
-        self.progress.hole_bytes.add(length);
-        self.advance(part, length, 0)
-    }
-
-    /// Passes over what an earlier round has written.
-    pub fn keep(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
-        let part = self.check(file_id, offset, length)?;
-        if !part.patches {
-            return Err(Failure::peer_misbehaved(format!(
-                "{} is copied for the first time, its bytes at {offset} are said to be unchanged",
-                part.path
-            )));
-        }
-        self.open(part)?;
-        self.advance(part, length, 0)
-    }
-
     /// The file to copy into directly, for a copy by the file system.
     pub fn file(&mut self) -> Result<Option<&File>, Failure> {
         let Some((part, _)) = self.awaited()? else {
@@ -151,32 +121,6 @@ impl<'a> UnitWriter<'a> {
             return Err(Failure::bug("copied beyond the unit"));
         };
         self.advance(part, length, length)
-    }
-
-    /// Gives a file up, the present one or the one just finished: the next round must list it
-    /// again. The donor finds a change only after it has sent the last byte.
-    pub fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure> {
-        self.awaited()?;
-        let parts = &self.unit.parts;
-        let present = parts.get(self.index).filter(|part| part.file_id.0 == file_id);
-        if let Some(part) = present {
-            self.file = None;
-            self.dirty_bytes = 0;
-            self.unfinished.push(Unfinished { part: part.clone(), failure });
-            self.index += 1;
-            self.done = 0;
-            return Ok(());
-        }
-        let finished = parts[..self.index].iter().rev().find(|part| part.length > 0);
-        match finished.filter(|part| part.file_id.0 == file_id && self.done == 0) {
-            Some(part) => {
-                self.unfinished.push(Unfinished { part: part.clone(), failure });
-                Ok(())
-            }
-            None => Err(Failure::peer_misbehaved(format!(
-                "file {file_id} failed while it was not being read"
-            ))),
-        }
     }
 
     /// Makes the unit durable.
@@ -260,6 +204,82 @@ impl<'a> UnitWriter<'a> {
     }
 }
 
+impl ChunkSink for UnitWriter<'_> {
+    fn write(
+        &mut self,
+        file_id: u64,
+        offset: u64,
+        length: u64,
+        pieces: &[Bytes],
+    ) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        let mut at = offset;
+        let staging = self.staging;
+        let file = self.open(part)?;
+        for group in pieces.chunks(SLICES_MAX) {
+            at = write_all_at(file, group, at).map_err(|e| {
+                let shown = staging.tree().join(part.path.as_path());
+                Failure::io("write", &shown, &e)
+            })?;
+        }
+        if at != offset + length {
+            return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
+        }
+        self.advance(part, length, length)
+    }
+
+    /// A fresh file reads as zero there, an older one is made to.
+    fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        let staging = self.staging;
+        let file = self.open(part)?;
+        if part.patches {
+            punch_hole(file, offset, length).map_err(|e| {
+                let shown = staging.tree().join(part.path.as_path());
+                Failure::io("punch a hole in", &shown, &e)
+            })?;
+        }
+        self.progress.hole_bytes.add(length);
+        self.advance(part, length, 0)
+    }
+
+    fn keep(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
+        let part = self.check(file_id, offset, length)?;
+        if !part.patches {
+            return Err(Failure::peer_misbehaved(format!(
+                "{} is copied for the first time, its bytes at {offset} are said to be unchanged",
+                part.path
+            )));
+        }
+        self.open(part)?;
+        self.advance(part, length, 0)
+    }
+
+    fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure> {
+        self.awaited()?;
+        let parts = &self.unit.parts;
+        let present = parts.get(self.index).filter(|part| part.file_id.0 == file_id);
+        if let Some(part) = present {
+            self.file = None;
+            self.dirty_bytes = 0;
+            self.unfinished.push(Unfinished { part: part.clone(), failure });
+            self.index += 1;
+            self.done = 0;
+            return Ok(());
+        }
+        let finished = parts[..self.index].iter().rev().find(|part| part.length > 0);
+        match finished.filter(|part| part.file_id.0 == file_id && self.done == 0) {
+            Some(part) => {
+                self.unfinished.push(Unfinished { part: part.clone(), failure });
+                Ok(())
+            }
+            None => Err(Failure::peer_misbehaved(format!(
+                "file {file_id} failed while it was not being read"
+            ))),
+        }
+    }
+}
+
 /// Makes a range read as zero; where the file system cannot leave it out, zeros are written.
 fn punch_hole(file: &File, offset: u64, length: u64) -> std::io::Result<()> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -285,7 +305,7 @@ fn sync(file: &File, part: &Part) -> Result<(), Failure> {
 }
 
 /// Writes all pieces; returns the offset after them.
-fn write_all_at(file: &File, pieces: &[Bytes], mut offset: u64) -> std::io::Result<u64> {
+pub(crate) fn write_all_at(file: &File, pieces: &[Bytes], mut offset: u64) -> std::io::Result<u64> {
     let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
     let mut left = &mut slices[..];
     while !left.is_empty() {

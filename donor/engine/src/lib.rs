@@ -139,6 +139,11 @@ pub trait FileReader: fmt::Debug + Send {
         1
     }
 
+    /// Whether more may be appended: what was read of it stays as it is.
+    fn is_growing(&self) -> bool {
+        false
+    }
+
     /// The span that begins at `offset`, cut at `end`; `offset < end <= size()`.
     fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure>;
 

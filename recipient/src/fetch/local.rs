@@ -1,16 +1,21 @@
 //! A stream of CLONE LOCAL: the engine in process, and copies by the file system where it can.
 
-use std::{fs::File, sync::Arc};
+use std::{
+    fs::File,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use marcot_common::failure::Failure;
 use marcot_engine::{Content, FileReader, Snapshot};
 use rustix::io::Errno;
 
-use super::{FetchContext, stopped};
+use super::{FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, stopped};
 use crate::{
+    growing::GrowingWriter,
     plan::{Part, Unit},
-    writer::UnitWriter,
+    writer::{ChunkSink as _, UnitWriter},
 };
 
 /// Bytes of one copy_file_range call: short enough that a cancel is felt at once.
@@ -18,6 +23,9 @@ const COPY_BYTES: u64 = 16 << 20;
 
 /// Bytes of one read where the file system cannot copy.
 const READ_BYTES: u64 = 1 << 20;
+
+/// Between two looks whether the round has ended.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 /// How this stream copies; each way is given up for good once the file system refuses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,6 +42,40 @@ pub fn copy_units(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Resul
         copy_unit(snapshot.as_ref(), context, &unit, &mut way)?;
     }
     Ok(())
+}
+
+/// Reads files that grow until all else of the round is copied.
+pub fn follow(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<(), Failure> {
+    loop {
+        let is_last = context.copied.is_cancelled();
+        for file in context.growing.growing() {
+            let mut reader = snapshot.open_file(context.position, file.file_id)?;
+            let (file_id, mut at) = (file.file_id.0, file.durable);
+            let length = reader.size().saturating_sub(at).min(FOLLOW_BYTES);
+            let end = at + length;
+            let mut writer =
+                GrowingWriter::open(&context.staging, &context.progress, file, length)?;
+            while at < end {
+                let length = (end - at).min(READ_BYTES);
+                let mut buffer = vec![0; usize::try_from(length).unwrap_or(0)];
+                reader.read_exact_at(&mut buffer, at)?;
+                writer.write(file_id, at, length, &[Bytes::from(buffer)])?;
+                context.progress.verified_bytes.add(length);
+                at += length;
+            }
+            writer.finish(&context.growing)?;
+        }
+        if is_last {
+            return Ok(());
+        }
+        let wake = Instant::now() + FOLLOW_PAUSE;
+        while Instant::now() < wake && !context.copied.is_cancelled() {
+            if context.stop.is_cancelled() {
+                return Err(stopped());
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
+    }
 }
 
 fn copy_unit(

@@ -10,11 +10,15 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::{
-    FetchContext,
+    FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext,
     decode::{CheckedChunk, FrameReader, ReadFrame, check_chunk, take_pieces},
     stopped,
 };
-use crate::{plan::Unit, writer::UnitWriter};
+use crate::{
+    growing::GrowingWriter,
+    plan::Unit,
+    writer::{ChunkSink, UnitWriter},
+};
 
 /// Calls in a row that may end without a byte; a donor that is merely draining sends some.
 const EMPTY_CALLS_MAX: u32 = 3;
@@ -26,6 +30,55 @@ pub struct ReadOptions {
     pub snapshot: String,
     /// zstd's level, if chunks may be compressed.
     pub compression_level: Option<i32>,
+}
+
+impl ReadOptions {
+    fn request(&self, context: &FetchContext, ranges: Vec<pb::Range>) -> pb::ReadRangesRequest {
+        pb::ReadRangesRequest {
+            snapshot: self.snapshot.clone(),
+            stage: context.position.stage.to_wire().into(),
+            round: context.position.round,
+            ranges,
+            codecs: match self.compression_level {
+                Some(_) => vec![pbc::Codec::None.into(), pbc::Codec::Zstd.into()],
+                None => vec![pbc::Codec::None.into()],
+            },
+            compression_level: self.compression_level.unwrap_or(0),
+            ..pb::ReadRangesRequest::default()
+        }
+    }
+}
+
+/// Reads files that grow until all else of the round is copied.
+pub async fn follow(
+    mut channel: Channel,
+    options: &ReadOptions,
+    context: &FetchContext,
+) -> Result<(), Failure> {
+    loop {
+        let is_last = context.copied.is_cancelled();
+        let mut bytes = 0;
+        for file in context.growing.growing() {
+            let (file_id, offset) = (file.file_id.0, file.durable);
+            let length = FOLLOW_BYTES;
+            let request = options.request(context, vec![pb::Range { file_id, offset, length }]);
+            let (staging, progress) = (&context.staging, &context.progress);
+            let mut writer = GrowingWriter::open(staging, progress, file, length)?;
+            let call = read_call(&mut channel, &request, context, &mut writer);
+            context.stop.run_until_cancelled(call).await.unwrap_or_else(|| Err(stopped()))?;
+            bytes += writer.finish(&context.growing)?;
+        }
+        if is_last {
+            return Ok(());
+        }
+        if bytes < FOLLOW_BYTES {
+            tokio::select! {
+                () = tokio::time::sleep(FOLLOW_PAUSE) => {}
+                () = context.copied.cancelled() => {}
+                () = context.stop.cancelled() => return Err(stopped()),
+            }
+        }
+    }
 }
 
 /// Copies units until the plan has no more.
@@ -61,18 +114,7 @@ async fn copy_unit(
         ranges.extend(unit.parts[writer.index() + 1..].iter().filter(|part| part.length > 0).map(
             |part| pb::Range { file_id: part.file_id.0, offset: part.offset, length: part.length },
         ));
-        let request = pb::ReadRangesRequest {
-            snapshot: options.snapshot.clone(),
-            stage: context.position.stage.to_wire().into(),
-            round: context.position.round,
-            ranges,
-            codecs: match options.compression_level {
-                Some(_) => vec![pbc::Codec::None.into(), pbc::Codec::Zstd.into()],
-                None => vec![pbc::Codec::None.into()],
-            },
-            compression_level: options.compression_level.unwrap_or(0),
-            ..pb::ReadRangesRequest::default()
-        };
+        let request = options.request(context, ranges);
         let before = (writer.index(), offset);
         read_call(channel, &request, context, &mut writer).await?;
         let after = writer.awaited()?.map(|(_, offset)| offset);
@@ -92,7 +134,7 @@ async fn read_call(
     channel: &mut Channel,
     request: &pb::ReadRangesRequest,
     context: &FetchContext,
-    writer: &mut UnitWriter<'_>,
+    writer: &mut dyn ChunkSink,
 ) -> Result<(), Failure> {
     let mut frames = FrameReader::new(call(channel, request).await?)?;
     let mut end: Option<pb::ReadEnd> = None;
@@ -127,7 +169,7 @@ async fn read_call(
     Ok(())
 }
 
-fn write_chunk(mut chunk: CheckedChunk, writer: &mut UnitWriter<'_>) -> Result<u64, Failure> {
+fn write_chunk(mut chunk: CheckedChunk, writer: &mut dyn ChunkSink) -> Result<u64, Failure> {
     let mut bytes = 0;
     for extent in &chunk.extents {
         if extent.hole {
@@ -143,7 +185,7 @@ fn write_chunk(mut chunk: CheckedChunk, writer: &mut UnitWriter<'_>) -> Result<u
     Ok(bytes)
 }
 
-fn give_up(failure: &pb::RangeFailure, writer: &mut UnitWriter<'_>) -> Result<(), Failure> {
+fn give_up(failure: &pb::RangeFailure, writer: &mut dyn ChunkSink) -> Result<(), Failure> {
     let why = failure.failure.as_ref().map(Failure::from_wire);
     let why = why.ok_or_else(|| Failure::peer_misbehaved("ReadRanges: a failure says nothing"))?;
     match why.reason.as_ref() {

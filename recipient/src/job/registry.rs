@@ -174,6 +174,7 @@ impl Clones {
             request,
             settings: Arc::clone(&self.settings),
             status: Arc::new(CloneStatus::new(clone, Arc::clone(&progress))),
+            growing: Arc::default(),
             progress,
             cancel: CancellationToken::new(),
         }

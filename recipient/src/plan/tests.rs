@@ -31,7 +31,7 @@ fn list(sizes: &[(u64, u64)]) -> FileList {
 }
 
 fn units(sizes: &[(u64, u64)], cut: Cut) -> Vec<Unit> {
-    let plan = FetchPlan::new(&list(sizes), cut).unwrap();
+    let plan = FetchPlan::new(&list(sizes), &Arc::default(), cut).unwrap();
     std::iter::from_fn(|| plan.next().unwrap()).collect()
 }
 

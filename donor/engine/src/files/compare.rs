@@ -68,6 +68,8 @@ pub(crate) struct Relisted {
     pub(crate) first_change: Option<RelativePath>,
     /// Newest ctime without a fraction of a second, for `clock::settle`.
     pub(crate) newest_whole_second: i64,
+    /// The file of the tree that grows while it is read.
+    pub(crate) growing: Option<FileId>,
 }
 
 /// Lists all of `tree`, as changes since `base`; all of it when there was none.
@@ -93,6 +95,7 @@ pub(crate) fn relist(
         next_id: base.map_or(1, |base| base.next_id),
         gone: None,
         first_change: None,
+        growing: None,
     };
     let mut count = 0;
     let mut told = Instant::now();
@@ -118,6 +121,7 @@ pub(crate) fn relist(
         base: Base { records, left_out: end.left_out, next_id: merge.next_id },
         first_change: merge.first_change,
         newest_whole_second: end.newest_whole_second,
+        growing: merge.growing,
     })
 }
 
@@ -132,6 +136,7 @@ struct Merge {
     /// What was in here went with it.
     gone: Option<RelativePath>,
     first_change: Option<RelativePath>,
+    growing: Option<FileId>,
 }
 
 impl Merge {
@@ -169,10 +174,13 @@ impl Merge {
                 path: found.path,
                 kind: Some(kind),
                 attributes: found.attributes,
-                growing: false,
+                growing: found.growing,
             },
             identity,
         };
+        if found.growing {
+            self.growing = Some(file_id);
+        }
         if let Some(full) = &mut self.full {
             full.append(&mut record)?;
         }

@@ -52,6 +52,8 @@ pub(crate) struct Found {
     /// Never a hard link: which name of a file comes first is for the list to say.
     pub(crate) kind: Kind,
     pub(crate) attributes: Attributes,
+    /// It grows while it is read; what was read of it stays as it is.
+    pub(crate) growing: bool,
 }
 
 /// What a whole walk has to say.
@@ -312,11 +314,13 @@ impl<'a> Walker<'a> {
         let attributes = attributes_of(&stat, extended);
         if is_directory {
             self.push(Some(path.clone()), fd, identity)?;
-            return Ok(Some(Found { path, identity, kind: Kind::Directory, attributes }));
+            let kind = Kind::Directory;
+            return Ok(Some(Found { path, identity, kind, attributes, growing: false }));
         }
         let allocated = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
         let kind = Kind::Regular { size: identity.size, allocated };
-        self.judge.look(Found { path, identity, kind, attributes }, fd.as_fd())
+        let found = Found { path, identity, kind, attributes, growing: false };
+        self.judge.look(found, fd.as_fd())
     }
 
     fn read_link(&mut self, path: RelativePath, stat: &Stat) -> Result<Option<Found>, Failure> {
@@ -346,6 +350,7 @@ impl<'a> Walker<'a> {
             identity: Identity::of(stat),
             kind: Kind::Symlink { target: target.into() },
             attributes: attributes_of(stat, Extended::new()),
+            growing: false,
         }))
     }
 

@@ -11,7 +11,7 @@ use marcot_common::{
 };
 use tonic::Code;
 
-use super::server::Facts;
+use super::{log_file::LOG_NAME, server::Facts};
 
 /// How a file is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(super) enum Class {
     Undo,
     /// A table's own tablespace.
     Table,
+    /// The redo log: what is copied is composed, and grows.
+    Redo,
     /// Changes until commits are blocked: copied then.
     Late,
     /// All else: at rest while DDL and writes to its table are blocked.
@@ -197,6 +199,9 @@ impl Classifier {
         }
         if name.strip_prefix(b"undo").is_some_and(|n| n.len() == 3 && is_digits(n)) {
             return Class::Undo;
+        }
+        if name == LOG_NAME.as_bytes() {
+            return Class::Redo;
         }
         if name.starts_with(b"ib_logfile") {
             return Class::LeftOut("redo_log");

@@ -1,4 +1,6 @@
 //! The log that the clone starts on: one lap from the checkpoint to the point.
+//!
+//! Head and records never change once they are there, so that a recipient reads it while it grows.
 
 use std::{fs::File, sync::Arc};
 
@@ -30,6 +32,8 @@ pub(super) struct RedoFile {
     spool: Arc<RedoSpool>,
     checkpoint: u64,
     end: u64,
+    /// Whether more of it is still to come.
+    growing: bool,
     /// Keeps the spool's bytes.
     _hold: Arc<Hold>,
 }
@@ -48,8 +52,23 @@ impl RedoFile {
             spool,
             checkpoint: checkpoint.lsn,
             end,
+            growing: false,
             _hold: Arc::clone(hold),
         })
+    }
+
+    /// What there is of the log so far: it is as `compose` will have it, up to its present end.
+    /// Once the follower has lost the log nothing is added any more.
+    pub(super) fn so_far(hold: &Arc<Hold>) -> Self {
+        let checkpoint = hold.checkpoint.lsn;
+        Self {
+            head: head(hold).into(),
+            spool: hold.spool(),
+            checkpoint,
+            end: hold.end().unwrap_or(checkpoint),
+            growing: true,
+            _hold: Arc::clone(hold),
+        }
     }
 
     fn records_end(&self) -> u64 {
@@ -58,6 +77,9 @@ impl RedoFile {
 
     /// Its bytes.
     pub(super) fn size(&self) -> u64 {
+        if self.growing {
+            return self.records_end();
+        }
         (self.records_end() + TAIL_BYTES).next_multiple_of(BLOCK_BYTES)
     }
 
@@ -158,6 +180,10 @@ pub(super) struct RedoReader(RedoFile);
 impl FileReader for RedoReader {
     fn size(&self) -> u64 {
         self.0.size()
+    }
+
+    fn is_growing(&self) -> bool {
+        self.0.growing
     }
 
     fn span(&mut self, offset: u64, end: u64) -> Result<Span, Failure> {

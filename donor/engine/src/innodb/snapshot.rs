@@ -38,7 +38,7 @@ use super::{
     sabotage,
     server::{Facts, Session, check_privileges},
     stash::{Stash, StashReader, Stashed},
-    survey::{Mark, Survey},
+    survey::{Mark, RedoSoFar, Survey},
     tablespace::{PageCounts, RawReader, TablespaceOf, TablespaceReader, open_inode},
 };
 use crate::{
@@ -49,7 +49,7 @@ use crate::{
         list::{List, ListWriter, Record},
         lock,
         reader::ListedFile,
-        tree::{Identity, Tree},
+        tree::{Identity, Tree, changed},
         walk,
     },
 };
@@ -115,6 +115,8 @@ struct State {
     rounds: Vec<Round>,
     base: Arc<Base>,
     hold: Arc<Hold>,
+    /// The redo log's id, while it grows.
+    redo: Option<FileId>,
     point: Option<Arc<Point>>,
     is_done: bool,
 }
@@ -182,7 +184,7 @@ impl Spaces {
                 Mark::Unsettled => {
                     spaces.unsettled.insert(Self::file(&record));
                 }
-                Mark::None => {}
+                Mark::None | Mark::Redo(_) => {}
             }
         }
         Ok(spaces)
@@ -280,12 +282,14 @@ impl InnodbSnapshot {
         let known = session.tablespace_ids().map_err(|e| e.failure("list tablespaces"))?;
         let is_table = |id: &u32| *id < TABLE_SPACES_END;
         let last_space = known.iter().copied().filter(is_table).max().unwrap_or(0);
-        let mut survey = Survey::new(&classifier, known, &mut unsettled);
+        let redo = redo_so_far(&hold);
+        let mut survey = Survey::new(&classifier, known, redo, &mut unsettled);
         let spool = &shared.spool_directory;
         let first = compare::relist(&tree, &mut survey, None, spool, &mut |_| Ok(()))?;
         survey.check_engines()?;
         clock::settle(first.newest_whole_second);
         let spaces = Spaces::of(&first.base, last_space)?;
+        let redo = first.growing;
         let list = Arc::new(first.list);
         let round =
             Round { position: Position::FIRST, totals: list.records.totals, list, since: None };
@@ -293,6 +297,7 @@ impl InnodbSnapshot {
             rounds: vec![round],
             base: Arc::new(first.base),
             hold,
+            redo,
             point: None,
             is_done: false,
         };
@@ -326,10 +331,12 @@ impl InnodbSnapshot {
         session: &mut Session,
         unsettled: &mut u64,
         base: &Base,
+        hold: &Arc<Hold>,
         progress: Progress<'_>,
     ) -> Result<(Relisted, Vec<RelativePath>), Failure> {
         let known = session.tablespace_ids().map_err(|e| e.failure("list tablespaces"))?;
-        let mut survey = Survey::new(&self.classifier, known, unsettled);
+        let redo = redo_so_far(hold);
+        let mut survey = Survey::new(&self.classifier, known, redo, unsettled);
         let spool = &self.shared.spool_directory;
         let relisted = compare::relist(&self.tree, &mut survey, Some(base), spool, progress)?;
         survey.check_engines()?;
@@ -347,7 +354,8 @@ impl InnodbSnapshot {
             Some(session) => session,
             None => self.shared.server.connect()?,
         };
-        let (relisted, _) = self.relist(&mut session, &mut advancing.unsettled, &base, progress)?;
+        let (relisted, _) =
+            self.relist(&mut session, &mut advancing.unsettled, &base, &hold, progress)?;
         note_replaced(advancing, &mut session, &relisted)?;
         advancing.session = Some(session);
         clock::settle(relisted.newest_whole_second);
@@ -364,14 +372,14 @@ impl InnodbSnapshot {
             // of the clone, and must lie within its listed size.
             let mut session = self.shared.server.connect()?;
             let unsettled = &mut advancing.unsettled;
-            let (relisted, _) = self.relist(&mut session, unsettled, &base, progress)?;
+            let (relisted, _) = self.relist(&mut session, unsettled, &base, &fresh, progress)?;
             clock::settle(relisted.newest_whole_second);
             advancing.spaces = Spaces::of(&relisted.base, advancing.spaces.last)?;
             let relisted = self.with_patches(&relisted)?;
             let position = Position { stage: Stage::PageCopy, round: page_rounds + 1 };
             tracing::info!(since, redo_from = fresh.checkpoint.lsn, %position, "pages changed");
-            self.state().hold = fresh;
             self.give_out(position, relisted, Some(since));
+            self.state().hold = fresh;
             return Ok(());
         }
         let point = self.cut(advancing, &base, &hold, progress)?;
@@ -405,6 +413,7 @@ impl InnodbSnapshot {
         let totals = list.records.totals;
         let mut state = self.state();
         state.rounds.push(Round { position, list, totals, since });
+        state.redo = relisted.growing;
         state.base = Arc::new(relisted.base);
     }
 
@@ -495,6 +504,7 @@ impl InnodbSnapshot {
             base: relisted.base.clone(),
             first_change: relisted.first_change.clone(),
             newest_whole_second: relisted.newest_whole_second,
+            growing: relisted.growing,
         })
     }
 
@@ -558,7 +568,7 @@ impl InnodbSnapshot {
         };
         let ddl_blocked = Instant::now();
         let (relisted, late) =
-            self.relist(lock.session(), &mut advancing.unsettled, base, &mut |_| told())?;
+            self.relist(lock.session(), &mut advancing.unsettled, base, hold, &mut |_| told())?;
         let bytes = relisted.list.records.totals.data_bytes;
         let is_replaced = advancing.spaces.first_replaced(&relisted)?.is_some();
         if is_replaced || bytes > self.shared.quota.min(4 * LEFT_FOR_LOCKS_BYTES) {
@@ -672,17 +682,28 @@ impl InnodbSnapshot {
         let mut changes = relisted.list.records.read_from(0)?.peekable();
         let mut redo_id = FileId(0);
         let mut totals = relisted.base.records.totals;
+        // The log that the recipient has a part of already.
+        let known = match relisted.growing {
+            Some(_) => find_path(&relisted.base, &path(super::log_file::LOG_NAME)?)?,
+            None => None,
+        };
         for (id, (path, attributes, size, extra)) in (relisted.base.next_id()..).zip(extras) {
             while let Some(change) =
                 changes.next_if(|c| c.as_ref().map_or(true, |c| c.entry.path < path))
             {
                 writer.append(&mut change?)?;
             }
-            let file_id = FileId(id);
+            let (file_id, change) = match (&extra, &known) {
+                (Extra::Redo, Some(known)) => {
+                    totals.remove(&known.entry);
+                    (known.entry.file_id, Change::Patch)
+                }
+                _ => (FileId(id), Change::Add),
+            };
             let entry = Entry {
                 number: 0,
                 file_id,
-                change: Change::Add,
+                change,
                 path,
                 kind: Some(Kind::Regular { size, allocated: size }),
                 attributes,
@@ -705,12 +726,24 @@ impl InnodbSnapshot {
         Ok(Cut::Made(Box::new((list, point))))
     }
 
+    /// A reader of the redo log as it is now; `checkpoint` is where the listed one begins.
+    fn growing_redo(&self, checkpoint: u64) -> Result<Box<dyn FileReader>, Failure> {
+        let hold = Arc::clone(&self.state().hold);
+        if hold.checkpoint.lsn != checkpoint {
+            return Err(changed(&path(super::log_file::LOG_NAME)?));
+        }
+        Ok(Box::new(RedoFile::so_far(&hold).reader()))
+    }
+
     /// A reader of a listed file.
     fn reader(&self, record: &Record, since: Option<u64>) -> Result<Box<dyn FileReader>, Failure> {
         let path = &record.entry.path;
         let Some(Kind::Regular { size, .. }) = record.entry.kind else {
             return Err(Failure::bug(format!("{path} is read and is no regular file")));
         };
+        if let Mark::Redo(checkpoint) = Mark::of(record.identity.live) {
+            return self.growing_redo(checkpoint);
+        }
         if Mark::of(record.identity.live) == Mark::None {
             return Ok(Box::new(ListedFile::open(&self.tree, path, &record.identity)?));
         }
@@ -730,6 +763,22 @@ impl InnodbSnapshot {
             None => reader,
         }))
     }
+}
+
+/// The record of a path of the whole tree.
+fn find_path(base: &Base, path: &RelativePath) -> Result<Option<Record>, Failure> {
+    for record in base.records.read_from(0)? {
+        let record = record?;
+        if record.entry.path >= *path {
+            return Ok(Some(record).filter(|record| record.entry.path == *path));
+        }
+    }
+    Ok(None)
+}
+
+/// What a clone that recovers from the hold's checkpoint has of its log so far.
+fn redo_so_far(hold: &Arc<Hold>) -> RedoSoFar {
+    RedoSoFar { checkpoint: hold.checkpoint.lsn, size: RedoFile::so_far(hold).size() }
 }
 
 enum Extra {
@@ -774,9 +823,12 @@ impl Snapshot for InnodbSnapshot {
     }
 
     fn open_file(&self, at: Position, file: FileId) -> Result<Box<dyn FileReader>, Failure> {
-        let (round, point) = {
+        let (round, point, redo) = {
             let state = self.state();
-            (state.round(at)?, state.point.clone())
+            // It is read in every round, also in those whose lists need not name it again.
+            let redo = (at == state.position() && state.redo == Some(file))
+                .then(|| Arc::clone(&state.hold));
+            (state.round(at)?, state.point.clone(), redo)
         };
         if let Some(point) = point {
             if at != REDO {
@@ -791,6 +843,9 @@ impl Snapshot for InnodbSnapshot {
             if let Some(stashed) = point.stashed.get(&file) {
                 return Ok(Box::new(StashReader(stashed.clone())));
             }
+        }
+        if let Some(hold) = redo {
+            return Ok(Box::new(RedoFile::so_far(&hold).reader()));
         }
         let record = round.list.find(file)?;
         let Some(record) = record.filter(|r| matches!(r.entry.kind, Some(Kind::Regular { .. })))

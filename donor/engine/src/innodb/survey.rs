@@ -11,7 +11,10 @@ use super::{
     frm::{FRM_BYTES, TableEngine, table_engine},
     sabotage,
 };
-use crate::files::walk::{Found, Judge};
+use crate::files::{
+    tree::Identity,
+    walk::{Found, Judge},
+};
 
 /// Bytes of a tablespace's first page up to the end of what is looked at.
 const HEAD_BYTES: usize = 4096;
@@ -26,6 +29,18 @@ const FOREIGN_MAX: usize = 20;
 /// again each time it is listed.
 const UNSETTLED: u64 = 1 << 63;
 
+/// Set in a mark: the redo log from the LSN on that the other bits are (LSNs have 62 bits at most).
+const REDO: u64 = 1 << 62;
+
+/// The redo log that a clone is to have, as far as it has been followed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RedoSoFar {
+    /// Where it begins.
+    pub(super) checkpoint: u64,
+    /// Bytes of the composed file.
+    pub(super) size: u64,
+}
+
 /// What a mark (`Identity::live`) says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mark {
@@ -35,6 +50,8 @@ pub(super) enum Mark {
     Settled(u32),
     /// A tablespace whose first page is empty.
     Unsettled,
+    /// The redo log from this LSN on.
+    Redo(u64),
 }
 
 impl Mark {
@@ -43,6 +60,7 @@ impl Mark {
         match live {
             0 => Self::None,
             n if n & UNSETTLED != 0 => Self::Unsettled,
+            n if n & REDO != 0 => Self::Redo(n & !REDO),
             n => u32::try_from(n - 1).map_or(Self::Unsettled, Self::Settled),
         }
     }
@@ -54,6 +72,7 @@ pub(super) struct Survey<'a> {
     classifier: &'a Classifier,
     /// Tablespaces that the server knew before the walk.
     known: HashSet<u32>,
+    redo: RedoSoFar,
     /// Makes the mark of each unsettled file of each walk another one.
     unsettled: &'a mut u64,
     /// Files to be read once commits are blocked.
@@ -66,9 +85,10 @@ impl<'a> Survey<'a> {
     pub(super) fn new(
         classifier: &'a Classifier,
         known: HashSet<u32>,
+        redo: RedoSoFar,
         unsettled: &'a mut u64,
     ) -> Self {
-        Self { classifier, known, unsettled, late: Vec::new(), foreign: Vec::new() }
+        Self { classifier, known, redo, unsettled, late: Vec::new(), foreign: Vec::new() }
     }
 
     /// Fails when tables were found that this engine cannot copy.
@@ -134,6 +154,8 @@ impl Judge for Survey<'_> {
             if is_directory { self.classifier.directory(path) } else { self.classifier.file(path) };
         match class {
             Class::LeftOut(reason) => Some(reason),
+            // Sabotage: the log that it cuts short must not be there already.
+            Class::Redo if sabotage::is("old-redo") => Some("redo_log"),
             Class::Late => {
                 self.late.push(path.clone());
                 Some("")
@@ -146,6 +168,13 @@ impl Judge for Survey<'_> {
         let class = self.classifier.file(&found.path);
         if found.path.name().ends_with(b".frm") {
             self.note_engine(&found.path, file)?;
+        }
+        if class == Class::Redo {
+            // Not the file at hand, which may be replaced by a resize: what is composed of it.
+            found.identity = Identity { live: REDO | self.redo.checkpoint, ..Identity::NONE };
+            found.kind = Kind::Regular { size: self.redo.size, allocated: self.redo.size };
+            found.growing = true;
+            return Ok(Some(found));
         }
         if !class.is_tablespace() {
             return Ok(Some(found));
