@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use self::status::CloneStatus;
 use crate::{
     fetch::{FetchContext, fetch, stopped},
+    gate::Gate,
     growing::GrowingFiles,
     install::{OwnDirectory, install},
     list::{FileList, ListReceiver, merge},
@@ -50,6 +51,8 @@ pub struct CloneJob {
     pub progress: Arc<Progress>,
     /// Files that grow on the donor.
     pub growing: Arc<GrowingFiles>,
+    /// Closed while the clone is paused.
+    pub gate: Arc<Gate>,
     /// Cancelled when the user cancels or the service stops.
     pub cancel: CancellationToken,
 }
@@ -118,6 +121,11 @@ impl CloneJob {
             self.copy(source, staging, &list, position).await?;
             self.link(staging, list, shaped.clone()).await?;
             whole = Some(shaped);
+            self.until_cancelled(async {
+                self.gate.pass().await;
+                Ok(())
+            })
+            .await?;
             let advanced = self.until_cancelled(source.advance(position)).await?;
             if advanced.position <= position {
                 return Err(Failure::peer_misbehaved(format!(
@@ -198,6 +206,8 @@ impl CloneJob {
             position,
             growing: Arc::clone(&self.growing),
             copied: CancellationToken::new(),
+            gate: Arc::clone(&self.gate),
+            donor_timeout: self.settings.donor_timeout,
             stop: self.cancel.child_token(),
         };
         let streams = source.streams(self.request.concurrency);

@@ -10,12 +10,14 @@ pub mod load;
 pub mod mariadb;
 pub mod pair;
 pub mod process;
+pub mod proxy;
 pub mod tree;
 
 pub use certificates::Certificates;
 pub use client::{clone_and_wait, clone_error, recipient};
 pub use pair::Pair;
 pub use process::{Donor, Recipient};
+pub use proxy::Proxy;
 
 use std::{
     path::PathBuf,

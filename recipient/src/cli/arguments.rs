@@ -89,6 +89,16 @@ pub(super) enum Command {
         /// Name or id.
         name: String,
     },
+    /// Pause a clone: its streams stop, its snapshot stays.
+    Pause {
+        /// Name or id.
+        name: String,
+    },
+    /// Go on with a paused clone.
+    Resume {
+        /// Name or id.
+        name: String,
+    },
     /// Manage an accounts file.
     Account {
         #[command(subcommand)]
