@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use marcot_common::{
     checksum,
-    chunk::MESSAGE_BYTES_MAX,
+    chunk::{KNOWN_BLOCKS, MESSAGE_BYTES_MAX},
     connect::{ConnectOptions, DonorConnection, connect},
     entry::Totals,
     failure::Failure,
@@ -255,6 +255,7 @@ impl DonorSource {
         let read = ReadOptions {
             snapshot: self.snapshot.clone(),
             compression_level: self.compression_level,
+            known_blocks: self.server_info.capabilities.iter().any(|name| name == KNOWN_BLOCKS),
         };
         let span = Span::current();
         Box::new(move |context| {

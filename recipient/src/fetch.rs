@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     gate::Gate, growing::GrowingFiles, plan::FetchPlan, progress::Progress, retry::Patience,
-    staging::Staging,
+    reuse::Reuse, staging::Staging,
 };
 
 /// Most bytes of a growing file that are read, and made durable, at a time.
@@ -39,6 +39,8 @@ pub struct FetchContext {
     pub growing: Arc<GrowingFiles>,
     /// Cancelled when all but growing files is copied.
     pub copied: CancellationToken,
+    /// An older copy whose equal blocks are used.
+    pub reuse: Option<Arc<Reuse>>,
     /// Closed while the clone is paused.
     pub gate: Arc<Gate>,
     /// How long a donor that is gone is waited for.

@@ -22,6 +22,7 @@ pub mod preflight;
 pub mod progress;
 pub mod request;
 pub mod retry;
+pub mod reuse;
 pub mod server;
 pub mod settings;
 pub mod source;

@@ -55,6 +55,8 @@ pub struct Progress {
     pub verified_bytes: Counter,
     /// Files finished.
     pub files_copied: Counter,
+    /// Bytes that an older copy on this host has given.
+    pub reused_bytes: Counter,
     /// Bytes that were asked for again.
     pub resent_bytes: Counter,
     /// Streams at work.

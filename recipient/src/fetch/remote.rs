@@ -19,6 +19,7 @@ use crate::{
     growing::GrowingWriter,
     plan::Unit,
     retry::Patience,
+    reuse::BLOCK_BYTES,
     writer::{ChunkSink, UnitWriter},
 };
 
@@ -32,6 +33,8 @@ pub struct ReadOptions {
     pub snapshot: String,
     /// zstd's level, if chunks may be compressed.
     pub compression_level: Option<i32>,
+    /// Whether the donor compares blocks with digests of what is here.
+    pub known_blocks: bool,
 }
 
 impl ReadOptions {
@@ -46,6 +49,7 @@ impl ReadOptions {
                 None => vec![pbc::Codec::None.into()],
             },
             compression_level: self.compression_level.unwrap_or(0),
+            known_block_bytes: if self.known_blocks { BLOCK_BYTES } else { 0 },
             ..pb::ReadRangesRequest::default()
         }
     }
@@ -110,12 +114,22 @@ async fn copy_unit(
     unit: &Unit,
 ) -> Result<(), Failure> {
     let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
+    if let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) {
+        writer.reuse(reuse)?;
+    }
     let mut patience = context.patience();
     let mut empty_calls = 0;
     while let Some((part, offset)) = writer.awaited()? {
+        let first = writer.index();
         let mut ranges = vec![range(part.file_id.0, offset, part.offset + part.length - offset)];
-        let later = unit.parts[writer.index() + 1..].iter().filter(|part| part.length > 0);
-        ranges.extend(later.map(|part| range(part.file_id.0, part.offset, part.length)));
+        ranges[0].known_digests = writer.known(first, offset);
+        for (index, part) in unit.parts.iter().enumerate().skip(first + 1) {
+            if part.length > 0 {
+                let known_digests = writer.known(index, part.offset);
+                let range = range(part.file_id.0, part.offset, part.length);
+                ranges.push(pb::Range { known_digests, ..range });
+            }
+        }
         let request = options.request(context, ranges);
         let before = (writer.index(), offset);
         let read = read_call(link, &request, context, &mut writer).await;

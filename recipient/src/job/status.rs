@@ -248,6 +248,7 @@ impl CloneStatus {
         let clone = &mut state.clone;
         clone.files_copied = progress.files_copied.get();
         clone.verified_bytes = progress.verified_bytes.get();
+        clone.reused_bytes = progress.reused_bytes.get();
         clone.resent_bytes = progress.resent_bytes.get();
         clone.retries = u32::try_from(progress.retries.count.get()).unwrap_or(u32::MAX);
         let (last_cause, waits) = progress.retries.told();

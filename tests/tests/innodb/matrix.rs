@@ -1,8 +1,10 @@
 //! One story for each kind of server and of change that the copy must carry.
 
-use marcot_proto::recipient::v1::State;
+use marcot_proto::recipient::v1::{CloneOptions, CloneStatementRequest, State};
 use marcot_tests::{
-    Recipient, clone_and_wait,
+    Recipient,
+    client::wait_for_end,
+    clone_and_wait,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
@@ -308,4 +310,34 @@ async fn a_tablespace_imported_while_it_is_copied_arrives() {
         load.wait_for_commits(100);
     })
     .await;
+}
+
+/// Guards R7 on a live server: pages of an older copy are used where the donor's page, read after C,
+/// is the same, and never for its log.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_server_is_cloned_onto_an_older_copy() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    let mut client = recipient(&live.recipient).await;
+    let older = clone_and_wait(&mut client, &live.statement("older", false)).await;
+    assert_eq!(older.state(), State::Completed, "{older:?}");
+    // A server has run on it since.
+    live.start_clone("older").stop();
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(500);
+    let before = load.acknowledged();
+    let reuse_directory = live.path("older").display().to_string().into_bytes().into();
+    let request = CloneStatementRequest {
+        statement: live.statement("newer", false),
+        options: Some(CloneOptions { reuse_directory, ..Default::default() }),
+        ..Default::default()
+    };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    let clone = wait_for_end(&mut client, &name).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
+    let ended = load.acknowledged();
+    load.wait_for_commits(50);
+    drop(load.stop());
+    live.check("newer", &clone, &before, &ended);
+    assert!(clone.reused_bytes > BYTES / 3, "{} bytes reused", clone.reused_bytes);
 }

@@ -5,6 +5,7 @@
 
 mod faults;
 mod pause;
+mod reuse;
 
 use std::{fs, path::PathBuf, time::Duration};
 
