@@ -5,6 +5,7 @@
 pub mod certificates;
 pub mod client;
 pub mod hostile;
+pub mod invariants;
 pub mod live;
 pub mod load;
 pub mod mariadb;

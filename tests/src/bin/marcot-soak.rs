@@ -25,13 +25,10 @@ use marcot_proto::{
 use marcot_tests::{
     client::wait_for_end,
     live::{Live, WRITERS},
-    load::{Load, LoadOptions},
+    load::{Load, LoadOptions, RATE_MIN},
     mariadb::Version,
     recipient,
 };
-
-/// Commits per second that a load must keep up through every clone.
-const RATE_MIN: f64 = 200.0;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -51,7 +48,7 @@ async fn main() -> ExitCode {
 }
 
 fn options() -> LoadOptions {
-    LoadOptions { writers: WRITERS, ddl: true, xa: true, ..LoadOptions::default() }
+    LoadOptions { writers: WRITERS, ddl: true, xa: true, rate_min: RATE_MIN, ..Default::default() }
 }
 
 async fn soak(live: Live) -> ExitCode {
@@ -78,7 +75,7 @@ async fn one_clone(live: &Live, round: u64, is_local: bool) -> Result<String, St
     let mut load = Load::start(&live.server, options());
     load.wait_for_commits(500);
     let before_rate = load.rate();
-    let acknowledged = load.acknowledged();
+    let before = load.moment();
     let mut client = recipient(&live.recipient).await;
     let (begun, commits) = (Instant::now(), load.commits());
     let request =
@@ -98,20 +95,22 @@ async fn one_clone(live: &Live, round: u64, is_local: bool) -> Result<String, St
     let clone = wait_for_end(&mut client, &clone.name).await;
     let took = begun.elapsed();
     let during_rate = (load.commits() - commits) as f64 / took.as_secs_f64();
-    let gap = load.longest_gap(begun);
-    let ended = load.acknowledged();
+    let gap = load.longest_gap(begun, Instant::now());
+    let ended = load.moment();
     load.wait_for_commits(50);
+    let kept_up = load.kept_up(&clone);
     let report = load.end();
+    eprintln!("{report}");
     if clone.state() != State::Completed {
         return Err(format!("{} failed: {:?}", clone.name, clone.error));
     }
     if !report.problems.is_empty() {
         return Err(format!("the load had errors: {:?}", report.problems));
     }
-    if during_rate < RATE_MIN {
-        return Err(format!("the load fell to {during_rate:.0} commits/s, {RATE_MIN} are needed"));
+    for pace in kept_up? {
+        eprintln!("{pace}");
     }
-    let check = || live.check(&name, &clone, &acknowledged, &ended);
+    let check = || live.check(&name, &clone, &before, &ended, &report);
     catch_unwind(AssertUnwindSafe(check)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
@@ -187,7 +186,7 @@ async fn measure_cuts(live: Live, count: u64) -> ExitCode {
         }
         cuts.push(begun.elapsed());
         load.wait_for_commits(20);
-        gaps.push(load.longest_gap(begun));
+        gaps.push(load.longest_gap(begun, Instant::now()));
         let close =
             CloseSnapshotRequest { snapshot: opened.snapshot, outcome: Outcome::Completed.into() };
         client.close_snapshot(close).await.unwrap();

@@ -4,7 +4,7 @@ use marcot_proto::recipient::v1::State;
 use marcot_tests::{
     Recipient, clone_and_wait,
     live::{Live, WRITERS},
-    load::{Load, LoadOptions},
+    load::{Load, LoadOptions, RATE_MIN, STORM_KINDS},
     mariadb::Version,
     recipient, wait_for,
 };
@@ -12,8 +12,9 @@ use marcot_tests::{
 /// Enough for several rounds of the redo log, small enough for CI.
 const BYTES: u64 = 40 << 20;
 
+/// Every row asks that the writers keep up.
 fn writers() -> LoadOptions {
-    LoadOptions { writers: WRITERS, ..LoadOptions::default() }
+    LoadOptions { writers: WRITERS, rate_min: RATE_MIN, ..LoadOptions::default() }
 }
 
 /// Guards the engine as a whole: position, redo and pages fit one another.
@@ -39,8 +40,12 @@ async fn tables_come_and_go(version: Version) {
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(200);
     live.clone_with("clone", load, |load| {
-        let ddl = load.ddl();
-        wait_for("tables to change", || (load.ddl() > ddl + 100).then_some(()));
+        let before = STORM_KINDS.map(|kind| load.done(kind));
+        wait_for("every kind of change", || {
+            load.assert_no_problem();
+            let each = || STORM_KINDS.iter().zip(before);
+            each().all(|(kind, before)| load.done(kind) >= before + 2).then_some(())
+        });
     })
     .await;
 }
@@ -121,19 +126,19 @@ async fn two_recipients_at_once_get_a_right_clone_each() {
     let other = Recipient::start(other_home.path(), &["--allow-directory", "/"]);
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(200);
-    let before = load.acknowledged();
+    let before = load.moment();
     let (mut first, mut second) = (recipient(&live.recipient).await, recipient(&other).await);
     let statements = [live.statement("clone", false), live.statement("other", false)];
     let (one, two) = tokio::join!(
         clone_and_wait(&mut first, &statements[0]),
         clone_and_wait(&mut second, &statements[1]),
     );
-    let ended = load.acknowledged();
+    let ended = load.moment();
     load.wait_for_commits(50);
-    let _report = load.stop();
+    let report = load.stop();
     for (name, clone) in [("clone", one), ("other", two)] {
         assert_eq!(clone.state(), State::Completed, "{clone:?}");
-        live.check(name, &clone, &before, &ended);
+        live.check(name, &clone, &before, &ended, &report);
     }
 }
 
