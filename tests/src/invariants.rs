@@ -112,7 +112,7 @@ fn check_imported(server: &MariaDb) -> bool {
             continue;
         }
         let sql = format!(
-            "SELECT COUNT(*), COUNT(DISTINCT g), SUM(v <> REPEAT(MD5(id), 10)) FROM unlogged.{table}"
+            "SELECT COUNT(*), COUNT(DISTINCT g), SUM(BINARY v <> BINARY REPEAT(MD5(id), 10)) FROM unlogged.{table}"
         );
         match server.try_query(&sql) {
             Ok(row) => {

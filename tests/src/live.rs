@@ -95,6 +95,17 @@ impl Live {
     /// As `clone_and_check`; `meanwhile` runs while the clone is under way and its recipient is
     /// frozen.
     pub async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
+        self.clone_or_fail_with(name, load, &[], meanwhile).await;
+    }
+
+    /// As `clone_with`; or the clone ends in an error of one of `reasons`, and leaves nothing.
+    pub async fn clone_or_fail_with(
+        &self,
+        name: &str,
+        load: Load,
+        reasons: &[&str],
+        meanwhile: impl FnOnce(&Load),
+    ) {
         let before = load.moment();
         let mut client = recipient(&self.recipient).await;
         let request =
@@ -106,12 +117,23 @@ impl Live {
         meanwhile(&load);
         self.recipient.0.thaw();
         let clone = wait_for_end(&mut client, &started.name).await;
-        assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
         let ended = load.moment();
         load.wait_for_commits(50);
+        if let Some(failure) = &clone.error
+            && reasons.contains(&failure.reason.as_str())
+        {
+            eprintln!("{name}: {}", failure.message);
+            assert!(!self.path(name).exists(), "a clone that failed left its directory");
+            drop(load.stop());
+            return;
+        }
+        assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
         load.assert_kept_up(&clone);
+        for pace in load.paces(&clone) {
+            eprintln!("{name}: {pace}");
+        }
         let report = load.stop();
-        eprintln!("{report}");
+        eprintln!("{name}: {report}");
         self.check(name, &clone, &before, &ended, &report);
     }
 

@@ -14,8 +14,9 @@ use super::{Shared, errors::NONE};
 /// Rows of each of the two tables: some 2 MiB.
 pub const IMPORTED_ROWS: u64 = 4000;
 
-/// Rest between two exchanges, so that a copy meets the table in use as well.
-const REST: Duration = Duration::from_millis(300);
+/// Rest between two exchanges: each asks a clone for a checkpoint after it, and a clone that meets
+/// another one at each of its cuts gives up.
+const REST: Duration = Duration::from_millis(2500);
 
 pub(super) fn exchange(shared: &Shared, conn: &mut Conn, data_directory: &Path) {
     let mut execute = |kind: &'static str, sql: &str| match conn.query_drop(sql) {

@@ -49,7 +49,8 @@ impl Pace {
         lock(&self.samples).push((at, commits));
     }
 
-    /// Stages in which the donor's server works: later ones concern the recipient alone.
+    /// Stages in which the donor's server works, and all of them in one: later stages concern the
+    /// recipient alone.
     pub(super) fn of_stages(&self, clone: &CloneOf) -> Vec<StagePace> {
         // One reading of both clocks: a stage's times are those of the wall.
         let (now, wall) = (Instant::now(), SystemTime::now());
@@ -64,7 +65,15 @@ impl Pace {
             let stage = row.stage().as_str_name();
             Some(self.between(stage.trim_start_matches("STAGE_"), begun, ended))
         });
-        paces.collect()
+        let mut paces: Vec<StagePace> = paces.collect();
+        // From the request on: a recipient that is frozen before its first stage has begun none.
+        let last = clone.stages.iter().rfind(|row| server_works.contains(&row.stage()));
+        if let (Some(begun), Some(ended)) =
+            (instant(&clone.begin_time), last.and_then(|row| instant(&row.end_time)))
+        {
+            paces.push(self.between("ALL_STAGES", begun, ended));
+        }
+        paces
     }
 
     fn between(&self, stage: &'static str, begun: Instant, ended: Instant) -> StagePace {

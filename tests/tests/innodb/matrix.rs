@@ -314,3 +314,58 @@ async fn a_tablespace_imported_while_it_is_copied_arrives() {
     })
     .await;
 }
+
+/// Tablespaces are exchanged over and over while files are copied. At the point one may be
+/// discarded, or another's file may lie in its place: the clone is right, or it ends in the error
+/// that tells of too much DDL.
+#[tokio::test(flavor = "multi_thread")]
+async fn tablespaces_exchanged_over_and_over_never_give_a_wrong_clone() {
+    let live = Live::start(Version::V10_11, &[], 8 << 20);
+    // IMPORT syncs a file while it holds InnoDB's dictionary: on a slow disk a second passes.
+    let options = LoadOptions { imports: true, rate_min: 0, ..writers() };
+    let load = Load::start(&live.server, options);
+    wait_for("a first exchange", || (load.done("import") > 0).then_some(()));
+    live.clone_or_fail_with("clone", load, &["SOURCE_CHANGED"], |load| {
+        let before = load.done("import");
+        wait_for("exchanges", || {
+            load.assert_no_problem();
+            (load.done("import") > before + 3).then_some(())
+        });
+    })
+    .await;
+}
+
+/// The server cuts its undo tablespaces and exchanges its log while both are copied.
+async fn undo_and_log_change_their_size(version: Version) {
+    let arguments = [
+        "--innodb-undo-tablespaces=3",
+        "--innodb-undo-log-truncate=ON",
+        "--innodb-max-undo-log-size=10485760",
+        "--innodb-purge-rseg-truncate-frequency=1",
+    ];
+    let live = Live::start(version, &arguments, 8 << 20);
+    let load = Load::start(&live.server, LoadOptions { upkeep: true, ..writers() });
+    let truncated = || -> u64 {
+        let row = live.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_undo_truncations'");
+        row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
+    };
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |load| {
+        let (undo, resized) = (truncated(), load.done("resize"));
+        wait_for("undo tablespaces to be cut, the log to be resized", || {
+            load.assert_no_problem();
+            (truncated() > undo && load.done("resize") > resized + 1).then_some(())
+        });
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn undo_and_log_that_change_their_size_arrive_in_10_11() {
+    undo_and_log_change_their_size(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn undo_and_log_that_change_their_size_arrive_in_11_8() {
+    undo_and_log_change_their_size(Version::V11_8).await;
+}
