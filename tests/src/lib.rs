@@ -6,11 +6,13 @@ pub mod certificates;
 pub mod client;
 pub mod hostile;
 pub mod invariants;
+pub mod killer;
 pub mod live;
 pub mod load;
 pub mod mariadb;
 pub mod pair;
 pub mod process;
+pub mod proxy;
 pub mod tree;
 
 pub use certificates::Certificates;

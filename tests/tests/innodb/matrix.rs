@@ -135,6 +135,9 @@ async fn two_recipients_at_once_get_a_right_clone_each() {
     );
     let ended = load.moment();
     load.wait_for_commits(50);
+    for clone in [&one, &two] {
+        load.assert_kept_up(clone);
+    }
     let report = load.stop();
     for (name, clone) in [("clone", one), ("other", two)] {
         assert_eq!(clone.state(), State::Completed, "{clone:?}");
