@@ -2,6 +2,7 @@
 //!
 //! A story in tests/tests/ reads: start a donor, start a recipient, clone, look.
 
+pub mod bench;
 pub mod certificates;
 pub mod client;
 pub mod hostile;
