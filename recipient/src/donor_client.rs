@@ -123,7 +123,29 @@ impl DonorSource {
             ddl_timeout: snapshot.ddl_timeout.map(duration_to_wire),
             ..pb::OpenSnapshotRequest::default()
         };
-        let opened = call("OpenSnapshot", OPEN_TIMEOUT, client.open_snapshot(open)).await?;
+        let progress = job.map(|job| Arc::clone(&job.progress)).unwrap_or_default();
+        // A check of what a clone would do does not wait for a donor that has gone.
+        let donor_timeout = job.map_or(Duration::ZERO, |_| settings.donor_timeout);
+        let mut patience = Patience::new(&progress.retries, donor_timeout);
+        let mut opening = Opening { client: client.clone(), request: open.clone(), is_open: false };
+        let opened = loop {
+            let call = call("OpenSnapshot", OPEN_TIMEOUT, client.open_snapshot(open.clone()));
+            let mut failure = match call.await {
+                Ok(opened) => break opened,
+                Err(failure) => failure,
+            };
+            // The same request opens the same snapshot, also when only the answer was lost.
+            client = loop {
+                tokio::time::sleep(patience.after(failure)?).await;
+                match connect_anew(&pinned, request).await {
+                    Ok(client) => break client,
+                    Err(again) => failure = again,
+                }
+            };
+            opening.client = client.clone();
+        };
+        opening.is_open = true;
+        drop(patience);
         let connector = Connector {
             options: pinned,
             snapshot: opened.snapshot.clone(),
@@ -132,7 +154,7 @@ impl DonorSource {
         let control = Arc::new(Control {
             connector: connector.clone(),
             client: tokio::sync::Mutex::new(Some(client)),
-            progress: job.map(|job| Arc::clone(&job.progress)).unwrap_or_default(),
+            progress,
             donor_timeout: settings.donor_timeout,
         });
         let renewal = spawn_renewal(Arc::clone(&control), lease);
@@ -155,6 +177,38 @@ impl DonorSource {
     #[must_use]
     pub fn server_info(&self) -> &pb::GetServerInfoResponse {
         &self.server_info
+    }
+}
+
+/// A further connection that logs in by password: no snapshot is known yet that a key is good for.
+async fn connect_anew(options: &ConnectOptions, request: &DonorRequest) -> Result<Client, Failure> {
+    let DonorConnection { channel, security, .. } = connect(options).await?;
+    log_in(&channel, request, &security).await?;
+    Ok(client_on(channel))
+}
+
+/// A snapshot that is being opened. Dropped before it is, it asks for its name once more and closes
+/// it: a cancel may come while the answer is on its way.
+struct Opening {
+    client: Client,
+    request: pb::OpenSnapshotRequest,
+    is_open: bool,
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if self.is_open {
+            return;
+        }
+        let (mut client, request) = (self.client.clone(), self.request.clone());
+        runtime.spawn(async move {
+            // What cannot be closed ends with its lease.
+            let opened = call("OpenSnapshot", CALL_TIMEOUT, client.open_snapshot(request)).await?;
+            let outcome = pb::Outcome::Cancelled.into();
+            let close = pb::CloseSnapshotRequest { snapshot: opened.snapshot, outcome };
+            call("CloseSnapshot", CALL_TIMEOUT, client.close_snapshot(close)).await
+        });
     }
 }
 

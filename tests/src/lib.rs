@@ -2,9 +2,12 @@
 //!
 //! A story in tests/tests/ reads: start a donor, start a recipient, clone, look.
 
+pub mod bench;
 pub mod certificates;
 pub mod client;
 pub mod hostile;
+pub mod invariants;
+pub mod killer;
 pub mod live;
 pub mod load;
 pub mod mariadb;

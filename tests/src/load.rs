@@ -1,34 +1,49 @@
-//! A write load on a MariaDB server, and what must hold on any copy of it.
+//! A write load on a MariaDB server.
 //!
-//! * bank: money moves between rows of two tables; the sum stays.
-//! * ledger: each transfer's own row, numbered by its writer without a gap, in the same
-//!   transaction. A copy holds exactly the first n of each writer, and no fewer than were
-//!   acknowledged before it began.
-//! * mix: inserts, updates and deletes on tables with secondary indexes and long columns.
-//! * XA: user transactions, prepared for a while.
-//! * DDL: tables and schemas that come, go, change their names, engines and columns.
+//! * `bank`: money moves between two tables, each transfer has its row in the ledger.
+//! * `probe`: clients that commit every millisecond and note when.
+//! * `mix`: inserts, updates and deletes on tables with secondary indexes and long columns.
+//! * `xa`: user transactions, prepared for a while.
+//! * `storm`: tables and schemas that come, go, change their names, engines and columns.
+//! * `imports`: tablespaces that are exchanged beneath the server.
+//! * `upkeep`: undo tablespaces that are truncated, a redo log that is resized.
+//! * `sysbench`: its oltp_write_only.
+//!
+//! An error of the server that a part may meet is named there and counted; every other one fails
+//! the run. `invariants` tells what must hold on any copy.
+
+mod bank;
+mod errors;
+mod imports;
+mod mix;
+mod pace;
+mod probe;
+mod storm;
+mod sysbench;
+mod upkeep;
+mod xa;
 
 use std::{
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use mysql::{Conn, prelude::Queryable as _};
+use marcot_proto::recipient::v1::Clone as CloneOf;
+use mysql::Conn;
 
-use crate::{
-    mariadb::{MariaDb, Version},
-    wait_for,
-};
+pub use bank::{ACCOUNTS, HOLDS};
+pub use imports::IMPORTED_ROWS;
+pub use pace::StagePace;
+pub use storm::KINDS as STORM_KINDS;
+pub use sysbench::Sysbench;
+pub use xa::{Prepared, check_prepared};
 
-/// Accounts in each of the two tables, and what each holds at first.
-const ACCOUNTS: u64 = 1000;
-const HOLDS: u64 = 1000;
+use crate::{mariadb::MariaDb, wait_for};
 
 /// What runs.
 #[derive(Debug, Clone, Copy)]
@@ -41,59 +56,68 @@ pub struct LoadOptions {
     pub xa: bool,
     /// Whether sysbench's oltp_write_only runs beside.
     pub sysbench: bool,
+    /// Whether tablespaces are exchanged beneath the server.
+    pub imports: bool,
+    /// Whether undo tablespaces are truncated and the redo log is resized.
+    pub upkeep: bool,
     /// Most commits per second of all writers; 0: as many as the server takes.
     pub rate: u64,
+    /// Least commits per second of all writers in each second of each stage of a clone: a run that
+    /// fell below does not count. 0: the row is not about load.
+    pub rate_min: u64,
+}
+
+/// What a clone of a busy server is measured under: with less, little changes while files are
+/// copied, and a copy made in a quiet moment may be right by luck.
+pub const RATE_MIN: u64 = 200;
+
+/// What rows that are about load ask for: `MARCOT_RATE_MIN`, or nothing. A machine that does other
+/// work meanwhile, as CI may, makes no copy wrong.
+#[must_use]
+pub fn rate_min() -> u64 {
+    std::env::var("MARCOT_RATE_MIN").map_or(0, |rate| rate.parse().expect("commits per second"))
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { writers: 4, ddl: false, xa: false, sysbench: false, rate: 0 }
+        Self {
+            writers: 4,
+            ddl: false,
+            xa: false,
+            sysbench: false,
+            imports: false,
+            upkeep: false,
+            rate: 0,
+            rate_min: 0,
+        }
     }
 }
 
-/// Makes the tables, with about `bytes` of rows in them.
-pub fn prepare(server: &MariaDb, bytes: u64) {
-    let rows = bytes / 1200;
-    drop(server.query(&format!(
-        "CREATE DATABASE bank; CREATE DATABASE mix; CREATE DATABASE ddl; \
-         CREATE TABLE bank.a (id INT PRIMARY KEY, v BIGINT NOT NULL) ENGINE=InnoDB; \
-         CREATE TABLE bank.b LIKE bank.a; \
-         CREATE TABLE bank.ledger (writer INT, n BIGINT, amount INT, pad VARCHAR(60), \
-           PRIMARY KEY (writer, n)) ENGINE=InnoDB; \
-         CREATE TABLE bank.probe (id INT PRIMARY KEY, n BIGINT) ENGINE=InnoDB; \
-         CREATE TABLE bank.xa (id INT PRIMARY KEY, n BIGINT) ENGINE=InnoDB; \
-         INSERT INTO bank.xa SELECT seq, 0 FROM mysql.seq_1_to_10; \
-         INSERT INTO bank.probe VALUES (1, 0); \
-         INSERT INTO bank.a SELECT seq, {HOLDS} FROM mysql.seq_1_to_{ACCOUNTS}; \
-         INSERT INTO bank.b SELECT seq, {HOLDS} FROM mysql.seq_1_to_{ACCOUNTS}; \
-         CREATE TABLE mix.wide (id INT AUTO_INCREMENT PRIMARY KEY, k INT, t VARCHAR(200), \
-           b MEDIUMTEXT, KEY (k), KEY (t(40))) ENGINE=InnoDB; \
-         CREATE TABLE mix.bulk (id INT PRIMARY KEY, v TEXT) ENGINE=InnoDB; \
-         INSERT INTO mix.bulk SELECT seq, REPEAT(MD5(seq), 34) FROM mysql.seq_1_to_{rows}; \
-         CREATE TABLE mix.aria (id INT PRIMARY KEY, v TEXT) ENGINE=Aria; \
-         CREATE TABLE mix.isam (id INT PRIMARY KEY, v TEXT) ENGINE=MyISAM; \
-         CREATE TABLE mix.csv (id INT NOT NULL, v VARCHAR(50) NOT NULL) ENGINE=CSV; \
-         CREATE VIEW mix.v AS SELECT * FROM bank.a; \
-         CREATE TRIGGER bank.t AFTER INSERT ON bank.probe FOR EACH ROW SET @x = 1; \
-         INSERT INTO mix.aria SELECT seq, MD5(seq) FROM mysql.seq_1_to_500; \
-         INSERT INTO mix.isam SELECT seq, MD5(seq) FROM mysql.seq_1_to_500; \
-         INSERT INTO mix.csv SELECT seq, MD5(seq) FROM mysql.seq_1_to_50;"
-    )));
-}
-
+/// What all parts of a load write to.
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
     /// Transfers acknowledged, by writer.
     acknowledged: Vec<AtomicU64>,
     commits: AtomicU64,
-    retries: AtomicU64,
     ddl: AtomicU64,
-    xa: AtomicU64,
+    /// Statements of storm, imports and upkeep that were done, by kind.
+    kinds: Mutex<BTreeMap<&'static str, u64>>,
+    /// Errors that parts of the load may meet, by part and name.
+    met: Mutex<BTreeMap<String, u64>>,
     problems: Mutex<Vec<String>>,
-    /// When each commit of the probe was acknowledged.
-    probe: Mutex<Vec<Instant>>,
+    pace: pace::Pace,
+    probes: probe::Probes,
+    prepared: Mutex<Vec<Prepared>>,
 }
+
+/// A writer that panics is a problem of its own; what it has written so far is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Most problems that a report shows: after the first, the rest follow from it.
+const PROBLEMS_MAX: usize = 20;
 
 impl Shared {
     fn stopped(&self) -> bool {
@@ -101,9 +125,24 @@ impl Shared {
     }
 
     fn problem(&self, what: impl std::fmt::Display) {
-        let mut problems = self.problems.lock().expect("no writer panics with it");
-        if problems.len() < 20 {
+        let mut problems = lock(&self.problems);
+        if problems.len() < PROBLEMS_MAX {
             problems.push(what.to_string());
+        }
+    }
+
+    fn done(&self, kind: &'static str) {
+        self.ddl.fetch_add(1, Ordering::Relaxed);
+        *lock(&self.kinds).entry(kind).or_default() += 1;
+    }
+
+    /// Rests for `duration`, or until the load is stopped.
+    fn rest(&self, duration: Duration) {
+        let end = Instant::now() + duration;
+        while !self.stopped() && Instant::now() < end {
+            std::thread::park_timeout(
+                (end - Instant::now().min(end)).min(Duration::from_millis(50)),
+            );
         }
     }
 }
@@ -112,8 +151,18 @@ impl Shared {
 pub struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    sysbench: Option<Child>,
+    sysbench: Option<sysbench::Running>,
+    options: LoadOptions,
     begun: Instant,
+}
+
+/// What the load's clients knew at one moment.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    /// When.
+    pub at: Instant,
+    /// Transfers acknowledged, by writer.
+    pub acknowledged: Vec<u64>,
 }
 
 /// What a load has done.
@@ -121,15 +170,33 @@ pub struct Load {
 pub struct Report {
     /// Transactions of bank and ledger.
     pub commits: u64,
-    /// Transactions that were tried again after a deadlock.
-    pub retries: u64,
-    /// DDL statements.
+    /// DDL statements and the like.
     pub ddl: u64,
-    /// XA transactions.
-    pub xa: u64,
+    /// The same, by kind.
+    pub kinds: BTreeMap<&'static str, u64>,
+    /// Errors met that were to be expected, by part and name.
+    pub met: BTreeMap<String, u64>,
+    /// User XA transactions, each with its moments.
+    pub prepared: Vec<Prepared>,
+    /// What sysbench did.
+    pub sysbench: Option<Sysbench>,
     /// Errors that were not to be expected.
     pub problems: Vec<String>,
 }
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { commits, ddl, kinds, met, prepared, sysbench, problems } = self;
+        let xa = prepared.len();
+        write!(f, "{commits} commits, {ddl} DDL {kinds:?}, {xa} XA, {sysbench:?}, met {met:?}")?;
+        if !problems.is_empty() {
+            write!(f, ", PROBLEMS {problems:?}")?;
+        }
+        Ok(())
+    }
+}
+
+type Work = Box<dyn FnOnce(&Shared, &mut Conn) + Send>;
 
 impl Load {
     /// Starts.
@@ -139,8 +206,10 @@ impl Load {
             acknowledged: (0..options.writers).map(|_| AtomicU64::new(0)).collect(),
             ..Shared::default()
         });
-        let mut threads = Vec::new();
-        let mut run = |name: String, work: Box<dyn FnOnce(&Shared, &mut Conn) + Send>| {
+        // Before the first thread: these ask the server, and panic where they cannot.
+        let sysbench = options.sysbench.then(|| sysbench::Running::start(server));
+        let mut threads = vec![pace::sample(&shared)];
+        let mut run = |name: String, work: Work| {
             let (shared, mut conn) = (Arc::clone(&shared), server.connect());
             let thread = std::thread::Builder::new().name(name);
             let spawned = thread.spawn(move || work(&shared, &mut conn));
@@ -152,25 +221,46 @@ impl Load {
         };
         for writer in 0..options.writers {
             let work =
-                move |shared: &Shared, conn: &mut Conn| transfer(shared, conn, writer, pause);
+                move |shared: &Shared, conn: &mut Conn| bank::transfer(shared, conn, writer, pause);
             run(format!("writer-{writer}"), Box::new(work));
         }
-        run("mix".to_owned(), Box::new(mix));
-        run("probe".to_owned(), Box::new(probe));
+        for number in 0..probe::PROBES {
+            let work = move |shared: &Shared, conn: &mut Conn| probe::commit(shared, conn, number);
+            run(format!("probe-{number}"), Box::new(work));
+        }
+        run("mix".to_owned(), Box::new(mix::change_rows));
         if options.ddl {
-            run("ddl".to_owned(), Box::new(change_tables));
+            run("storm".to_owned(), Box::new(storm::change_tables));
         }
         if options.xa {
-            run("xa".to_owned(), Box::new(user_xa));
+            for kind in [xa::SHORT, xa::LONG] {
+                let work = move |shared: &Shared, conn: &mut Conn| xa::run(shared, conn, kind);
+                run(format!("xa-{}", kind.name), Box::new(work));
+            }
         }
-        let sysbench = options.sysbench.then(|| sysbench(server));
-        Self { shared, threads, sysbench, begun: Instant::now() }
+        if options.imports {
+            let directory = server.data_directory().to_owned();
+            let work =
+                move |shared: &Shared, conn: &mut Conn| imports::exchange(shared, conn, &directory);
+            run("imports".to_owned(), Box::new(work));
+        }
+        if options.upkeep {
+            run("undo".to_owned(), Box::new(upkeep::fill_undo));
+            run("resize".to_owned(), Box::new(upkeep::resize_log));
+        }
+        Self { shared, threads, sysbench, options, begun: Instant::now() }
     }
 
     /// Transfers acknowledged so far, by writer.
     #[must_use]
     pub fn acknowledged(&self) -> Vec<u64> {
         self.shared.acknowledged.iter().map(|n| n.load(Ordering::SeqCst)).collect()
+    }
+
+    /// What the clients know now.
+    #[must_use]
+    pub fn moment(&self) -> Moment {
+        Moment { at: Instant::now(), acknowledged: self.acknowledged() }
     }
 
     /// Transactions committed so far.
@@ -185,28 +275,75 @@ impl Load {
         self.shared.ddl.load(Ordering::Relaxed)
     }
 
+    /// Statements of one kind of DDL so far.
+    #[must_use]
+    pub fn done(&self, kind: &str) -> u64 {
+        lock(&self.shared.kinds).get(kind).copied().unwrap_or_default()
+    }
+
+    /// Fails when the load has met an error that it may not meet.
+    pub fn assert_no_problem(&self) {
+        let problems = lock(&self.shared.problems).clone();
+        assert!(problems.is_empty(), "{problems:?}");
+    }
+
     /// Waits until `count` more transactions are committed.
     pub fn wait_for_commits(&self, count: u64) {
         let goal = self.commits() + count;
         wait_for("the load to commit", || {
-            let problems = self.shared.problems.lock().expect("no writer panics with it");
-            assert!(problems.is_empty(), "{problems:?}");
+            self.assert_no_problem();
             (self.commits() >= goal).then_some(())
         });
     }
 
-    /// Longest time between two commits of the 1 ms probe, of which one is after `from`.
+    /// Longest time that any one of the 1 ms clients waited for a commit, of the commits that were
+    /// acknowledged between two moments. A client without a commit waited all that time.
     #[must_use]
-    pub fn longest_gap(&self, from: Instant) -> Duration {
-        let probe = self.shared.probe.lock().expect("the probe does not panic");
-        let gaps = probe.windows(2).filter(|pair| pair[1] >= from).map(|pair| pair[1] - pair[0]);
-        gaps.max().unwrap_or(from.elapsed())
+    pub fn longest_gap(&self, from: Instant, to: Instant) -> Duration {
+        self.shared.probes.longest_gap(from, to)
+    }
+
+    /// Longest time without a commit of any of the 1 ms clients: what blocks all of them.
+    #[must_use]
+    pub fn longest_silence(&self, from: Instant, to: Instant) -> Duration {
+        self.shared.probes.longest_silence(from, to)
     }
 
     /// Transactions per second since the start.
     #[must_use]
     pub fn rate(&self) -> f64 {
         self.commits() as f64 / self.begun.elapsed().as_secs_f64()
+    }
+
+    /// How the writers went on through each stage of a clone that has ended.
+    #[must_use]
+    pub fn paces(&self, clone: &CloneOf) -> Vec<StagePace> {
+        self.shared.pace.of_stages(clone)
+    }
+
+    /// Which stages of a clone had a second with fewer commits than the options ask for.
+    pub fn kept_up(&self, clone: &CloneOf) -> Result<Vec<StagePace>, String> {
+        let paces = self.paces(clone);
+        let slow: Vec<String> = paces
+            .iter()
+            .filter(|pace| pace.rate_least < self.options.rate_min as f64)
+            .map(ToString::to_string)
+            .collect();
+        if slow.is_empty() {
+            return Ok(paces);
+        }
+        Err(format!(
+            "the load did not keep up: {}; {} commits/s are needed",
+            slow.join(", "),
+            self.options.rate_min
+        ))
+    }
+
+    /// Fails a run whose load fell below what its options ask for.
+    pub fn assert_kept_up(&self, clone: &CloneOf) {
+        if let Err(text) = self.kept_up(clone) {
+            panic!("{text}");
+        }
     }
 
     /// Ends the load; whatever went wrong in it is a panic here.
@@ -221,22 +358,27 @@ impl Load {
     #[must_use]
     pub fn end(&mut self) -> Report {
         self.shared.stop.store(true, Ordering::Relaxed);
-        if let Some(mut sysbench) = self.sysbench.take() {
-            drop(sysbench.kill());
-            drop(sysbench.wait());
-        }
+        let sysbench = self.sysbench.take().map(|sysbench| match sysbench.end() {
+            Ok(done) => done,
+            Err(problem) => {
+                self.shared.problem(problem);
+                Sysbench::default()
+            }
+        });
         for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
-                self.shared.problem("a writer panicked");
+                self.shared.problem(format!("{name} panicked"));
             }
         }
-        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         Report {
-            commits: get(&self.shared.commits),
-            retries: get(&self.shared.retries),
-            ddl: get(&self.shared.ddl),
-            xa: get(&self.shared.xa),
-            problems: self.shared.problems.lock().expect("all writers have ended").clone(),
+            commits: self.commits(),
+            ddl: self.ddl(),
+            kinds: lock(&self.shared.kinds).clone(),
+            met: lock(&self.shared.met).clone(),
+            prepared: lock(&self.shared.prepared).clone(),
+            sysbench,
+            problems: lock(&self.shared.problems).clone(),
         }
     }
 }
@@ -256,267 +398,4 @@ impl Random {
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
-}
-
-/// Lock waits, deadlocks and changed tables: the statement is tried again.
-fn is_passing(error: &mysql::Error) -> bool {
-    matches!(error, mysql::Error::MySqlError(e) if matches!(e.code, 1205 | 1213 | 1020 | 1412))
-}
-
-fn transfer(shared: &Shared, conn: &mut Conn, writer: usize, pause: Duration) {
-    let mut random = Random(writer as u64 + 1);
-    let last: Option<u64> =
-        match conn.query_first(format!("SELECT MAX(n) FROM bank.ledger WHERE writer={writer}")) {
-            Ok(row) => row.flatten(),
-            Err(error) => return shared.problem(error),
-        };
-    let mut n = last.unwrap_or(0);
-    shared.acknowledged[writer].store(n, Ordering::SeqCst);
-    while !shared.stopped() {
-        let (from, to) = (1 + random.below(ACCOUNTS), 1 + random.below(ACCOUNTS));
-        let amount = random.below(10);
-        let statements = [
-            "BEGIN".to_owned(),
-            format!("UPDATE bank.a SET v = v - {amount} WHERE id = {from}"),
-            format!("UPDATE bank.b SET v = v + {amount} WHERE id = {to}"),
-            format!(
-                "INSERT INTO bank.ledger VALUES ({writer}, {}, {amount}, REPEAT('x', {}))",
-                n + 1,
-                random.below(60)
-            ),
-            "COMMIT".to_owned(),
-        ];
-        let done = statements.iter().try_for_each(|sql| conn.query_drop(sql));
-        match done {
-            Ok(()) => {
-                n += 1;
-                shared.acknowledged[writer].store(n, Ordering::SeqCst);
-                shared.commits.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(error) if is_passing(&error) => {
-                shared.retries.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = conn.query_drop("ROLLBACK") {
-                    return shared.problem(error);
-                }
-            }
-            Err(error) => return shared.problem(format!("transfer: {error}")),
-        }
-        if !pause.is_zero() {
-            std::thread::park_timeout(pause);
-        }
-    }
-}
-
-fn mix(shared: &Shared, conn: &mut Conn) {
-    let mut random = Random(99);
-    while !shared.stopped() {
-        let k = random.below(1000);
-        let sql = match random.below(8) {
-            0..=2 => format!(
-                "INSERT INTO mix.wide (k, t, b) VALUES ({k}, REPEAT(CHAR(65 + {k} % 26), {k} % 200), \
-                 REPEAT(MD5({k}), {}))",
-                random.below(900)
-            ),
-            3 => format!("UPDATE mix.wide SET k = k + 1, t = MD5(k) WHERE k = {k} LIMIT 5"),
-            4 => format!("DELETE FROM mix.wide WHERE k = {k} LIMIT 3"),
-            5 => format!(
-                "UPDATE mix.bulk SET v = REPEAT(MD5(RAND()), 34) WHERE id = {}",
-                random.below(50_000)
-            ),
-            6 => format!("REPLACE INTO mix.aria VALUES ({k}, MD5({k}))"),
-            _ => format!("REPLACE INTO mix.isam VALUES ({k}, MD5({k}))"),
-        };
-        match conn.query_drop(&sql) {
-            Ok(()) => {}
-            Err(error) if is_passing(&error) => {}
-            Err(error) => return shared.problem(format!("{sql}: {error}")),
-        }
-    }
-}
-
-/// Commits every millisecond, and notes when.
-fn probe(shared: &Shared, conn: &mut Conn) {
-    while !shared.stopped() {
-        match conn.query_drop("UPDATE bank.probe SET n = n + 1 WHERE id = 1") {
-            Ok(()) => {
-                shared.probe.lock().expect("no reader panics with it").push(Instant::now());
-            }
-            Err(error) if is_passing(&error) => {}
-            Err(error) => return shared.problem(format!("probe: {error}")),
-        }
-        std::thread::park_timeout(Duration::from_millis(1));
-    }
-}
-
-fn user_xa(shared: &Shared, conn: &mut Conn) {
-    let mut random = Random(7);
-    let mut n = 0;
-    while !shared.stopped() {
-        n += 1;
-        let xid = format!("'load-{n}'");
-        let id = 1 + random.below(10);
-        let begin = [
-            format!("XA START {xid}"),
-            format!("UPDATE bank.xa SET n = n + 1 WHERE id = {id}"),
-            format!("XA END {xid}"),
-            format!("XA PREPARE {xid}"),
-        ];
-        if let Err(error) = begin.iter().try_for_each(|sql| conn.query_drop(sql)) {
-            return shared.problem(format!("XA: {error}"));
-        }
-        std::thread::park_timeout(Duration::from_millis(random.below(200)));
-        let end = if random.below(4) == 0 { "ROLLBACK" } else { "COMMIT" };
-        if let Err(error) = conn.query_drop(format!("XA {end} {xid}")) {
-            return shared.problem(format!("XA {end}: {error}"));
-        }
-        shared.xa.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// Tables that come and go. What fails since an earlier statement failed is tried no more.
-fn change_tables(shared: &Shared, conn: &mut Conn) {
-    let mut random = Random(5);
-    let mut n = 0;
-    while !shared.stopped() {
-        n += 1;
-        let t = format!("ddl.t{}", n % 40);
-        let statements: Vec<String> = match random.below(10) {
-            0..=2 => vec![
-                format!("DROP TABLE IF EXISTS {t}"),
-                format!(
-                    "CREATE TABLE {t} (id INT PRIMARY KEY, v VARCHAR(100), w INT, KEY (v)) \
-                     ENGINE=InnoDB AS SELECT seq id, MD5(seq) v, seq w FROM mysql.seq_1_to_{}",
-                    1 + random.below(3000)
-                ),
-            ],
-            3 => vec![
-                format!("DROP TABLE IF EXISTS {t}x"),
-                format!("RENAME TABLE IF EXISTS {t} TO {t}x"),
-                format!(
-                    "INSERT IGNORE INTO {t}x (id, v, w) SELECT seq + 100000, 'r', 1 FROM mysql.seq_1_to_20"
-                ),
-            ],
-            4 => vec![format!("TRUNCATE TABLE {t}"), format!("INSERT INTO {t} (id) VALUES (1)")],
-            5 => vec![format!("ALTER TABLE {t} ADD COLUMN c{} INT DEFAULT 5", n % 1000)],
-            6 => vec![format!("ALTER TABLE {t} FORCE, ALGORITHM=COPY")],
-            7 => vec![format!("ALTER TABLE {t} ADD INDEX i{} (w), ALGORITHM=INPLACE", n % 1000)],
-            8 => vec![
-                format!("ALTER TABLE {t} ENGINE={}", ["Aria", "InnoDB", "MyISAM"][n % 3]),
-                format!("UPDATE {t} SET w = w + 1 LIMIT 100"),
-            ],
-            _ => vec![
-                format!("CREATE DATABASE IF NOT EXISTS ddl{}", n % 3),
-                format!("CREATE TABLE IF NOT EXISTS ddl{}.x (id INT) ENGINE=InnoDB", n % 3),
-                format!("DROP DATABASE ddl{}", n % 3),
-            ],
-        };
-        for sql in statements {
-            match conn.query_drop(&sql) {
-                Ok(()) => {
-                    shared.ddl.fetch_add(1, Ordering::Relaxed);
-                }
-                // No such table, duplicate names, a row that is there: what a storm brings.
-                Err(mysql::Error::MySqlError(e))
-                    if matches!(
-                        e.code,
-                        1146 | 1050
-                            | 1060
-                            | 1061
-                            | 1054
-                            | 1062
-                            | 1205
-                            | 1213
-                            | 1069
-                            | 1118
-                            | 1845
-                            | 1846
-                    ) => {}
-                Err(error) => return shared.problem(format!("{sql}: {error}")),
-            }
-        }
-    }
-}
-
-fn sysbench(server: &MariaDb) -> Child {
-    let command = |verb: &str| {
-        let mut command = Command::new("sysbench");
-        command
-            .args([
-                "oltp_write_only",
-                "--tables=4",
-                "--table-size=10000",
-                "--threads=2",
-                "--time=0",
-            ])
-            .args(["--db-driver=mysql", "--mysql-user=root", "--mysql-db=sbtest"])
-            .arg(format!("--mysql-socket={}", server.socket().display()))
-            .arg("--mysql-ignore-errors=all")
-            .arg(verb)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        command
-    };
-    if server.query("SHOW DATABASES LIKE 'sbtest'").is_empty() {
-        drop(server.query("CREATE DATABASE sbtest"));
-        let status = command("prepare").status().expect("sysbench: `make test` installs it");
-        assert!(status.success(), "sysbench prepare: {status}");
-    }
-    command("run").spawn().expect("sysbench: `make test` installs it")
-}
-
-/// Ledger rows of each writer in the binary logs of `data_directory` up to a position.
-#[must_use]
-pub fn ledger_in_binlog(data_directory: &Path, file: &str, position: u64) -> u64 {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(data_directory)
-        .expect("the data directory can be read")
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            name.starts_with("bin.0") && name.as_str() <= file
-        })
-        .collect();
-    files.sort();
-    let output = Command::new(Version::binlog_program())
-        .args(["--no-defaults", "--base64-output=decode-rows", "--verbose"])
-        .arg(format!("--stop-position={position}"))
-        .args(&files)
-        .output()
-        .expect("mariadb-binlog is there: `make test` installs it");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8_lossy(&output.stdout);
-    let rows = text.matches("### INSERT INTO `bank`.`ledger`").count();
-    let statements = text.matches("INSERT INTO bank.ledger").count();
-    (rows + statements) as u64
-}
-
-/// Checks all that must hold on a server that was started on a copy; returns the transfers that it
-/// holds, by writer.
-#[must_use]
-pub fn check_copy(server: &MariaDb, writers: usize) -> Vec<u64> {
-    assert_eq!(server.errors(), Vec::<String>::new());
-    let sum = server.query("SELECT (SELECT SUM(v) FROM bank.a) + (SELECT SUM(v) FROM bank.b)");
-    assert_eq!(sum.trim(), (2 * ACCOUNTS * HOLDS).to_string(), "money was made or lost");
-    let moved = server.query(&format!(
-        "SELECT {} - SUM(v) - (SELECT COALESCE(SUM(amount), 0) FROM bank.ledger) FROM bank.a",
-        ACCOUNTS * HOLDS
-    ));
-    assert_eq!(moved.trim(), "0", "bank and ledger are of two moments");
-    let mut transfers = vec![0; writers];
-    let ledger = server.query("SELECT writer, COUNT(*), MAX(n) FROM bank.ledger GROUP BY writer");
-    for line in ledger.lines() {
-        let mut fields = line.split('\t').map(|field| field.parse::<u64>().expect("a number"));
-        let mut field = || fields.next().expect("three columns");
-        let (writer, count, max) = (field(), field(), field());
-        assert_eq!(count, max, "the ledger of writer {writer} has a gap");
-        transfers[usize::try_from(writer).expect("a writer")] = count;
-    }
-    let tables = server.tables();
-    let checked = server.query(&format!("CHECK TABLE {}", tables.join(", ")));
-    let wrong: Vec<_> = checked
-        .lines()
-        .filter(|line| !line.ends_with("\tOK") && !line.contains("doesn't support check"))
-        .collect();
-    assert_eq!(wrong, Vec::<&str>::new());
-    transfers
 }

@@ -127,6 +127,7 @@ fn free_port() -> u16 {
 #[derive(Debug)]
 pub struct MariaDb {
     child: Child,
+    data_directory: PathBuf,
     socket: PathBuf,
     log: PathBuf,
     /// Its TCP port.
@@ -232,7 +233,8 @@ impl MariaDb {
             .stderr(File::create(&log).expect("home is writable"))
             .spawn()
             .expect("mariadbd is there: `make test` installs it");
-        Self { child, socket, log, port: options.port }
+        let data_directory = data_directory.to_owned();
+        Self { child, data_directory, socket, log, port: options.port }
     }
 
     /// Starts a server that is expected to end by itself, and returns what it logged.
@@ -244,6 +246,12 @@ impl MariaDb {
             server.child.try_wait().expect("our own child")
         });
         server.log()
+    }
+
+    /// Its data directory.
+    #[must_use]
+    pub fn data_directory(&self) -> &Path {
+        &self.data_directory
     }
 
     /// Its socket.
@@ -309,12 +317,16 @@ impl MariaDb {
         self.query(&format!("CHECKSUM TABLE {}", self.tables().join(", ")))
     }
 
-    /// As `checksums`, without what each server keeps for itself: its statistics, and how far it
-    /// has replicated.
+    /// As `checksums`, without what each server keeps for itself: its statistics, how far it has
+    /// replicated, and the load's schema that is kept out of the binary log.
     #[must_use]
     pub fn replicated_checksums(&self) -> String {
-        const OWN: [&str; 3] =
-            ["mysql.gtid_slave_pos", "mysql.innodb_index_stats", "mysql.innodb_table_stats"];
+        const OWN: [&str; 4] = [
+            "mysql.gtid_slave_pos",
+            "mysql.innodb_index_stats",
+            "mysql.innodb_table_stats",
+            "unlogged.",
+        ];
         let all = self.checksums();
         let lines = all.lines().filter(|line| !OWN.iter().any(|own| line.starts_with(own)));
         lines.collect::<Vec<_>>().join("\n")

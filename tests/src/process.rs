@@ -8,7 +8,10 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use crate::{target_directory, wait_for};
+use crate::{
+    killer::{Blow, Killer},
+    target_directory, wait_for,
+};
 
 /// A process that is killed when it is dropped.
 #[derive(Debug)]
@@ -97,23 +100,23 @@ impl Daemon {
 
     /// Stops it in its tracks until `thaw`.
     pub fn freeze(&self) {
-        self.signal(rustix::process::Signal::STOP);
+        Blow::Freeze.strike(self.pid());
     }
 
     /// Lets it go on.
     pub fn thaw(&self) {
-        self.signal(rustix::process::Signal::CONT);
+        Blow::Thaw.strike(self.pid());
     }
 
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = i32::try_from(self.pid()).expect("a process id");
-        let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
-        rustix::process::kill_process(pid, signal).expect("our own child");
+    /// Strikes it when `text` appears in its log.
+    #[must_use]
+    pub fn strike_at_line(&self, text: &str, blow: Blow) -> Killer {
+        Killer::at_line(&self.log, text, self.pid(), blow)
     }
 
     /// Asks it to end, and waits for its exit code.
     pub fn terminate(&mut self) -> Option<i32> {
-        self.signal(rustix::process::Signal::TERM);
+        Blow::Terminate.strike(self.pid());
         wait_for("the daemon to end", || self.child.try_wait().expect("our own child")).code()
     }
 }

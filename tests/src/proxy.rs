@@ -1,5 +1,6 @@
 //! A TCP proxy on loopback that does to a connection what a network does: cuts, stalls, slowness,
-//! flipped bits.
+//! bits that flip. And it tells when a server has answered a statement: the one moment at which a
+//! lock is held for certain and its holder does not know it yet.
 //!
 //! It has a thread of its own, so a test that waits does not hold it up. *Up* is from the client
 //! to the target, *down* is from the target to the client.
@@ -9,7 +10,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -68,8 +69,10 @@ struct Shared {
     rules: watch::Sender<Rules>,
     /// Bytes down until all connections are cut.
     allowance: Mutex<Option<u64>>,
-    /// Bytes down until a bit is flipped.
+    /// Bytes down until one has a bit flipped.
     flip: Mutex<Option<u64>>,
+    /// What to do once the answer to a text has come.
+    answered: Mutex<Option<Answered>>,
     /// When the limit lets the next byte pass.
     next: Mutex<Instant>,
     connections: AtomicU64,
@@ -78,10 +81,22 @@ struct Shared {
     down_bytes: AtomicU64,
 }
 
+struct Answered {
+    text: &'static str,
+    act: Box<dyn FnOnce() + Send>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Up,
     Down,
+}
+
+/// What one connection's two directions tell each other.
+#[derive(Debug, Default)]
+struct Exchange {
+    /// The text went up, its answer has not come down.
+    is_asked: AtomicBool,
 }
 
 impl Proxy {
@@ -101,6 +116,7 @@ impl Proxy {
             rules: watch::Sender::new(Rules::default()),
             allowance: Mutex::new(None),
             flip: Mutex::new(None),
+            answered: Mutex::new(None),
             next: Mutex::new(Instant::now()),
             connections: AtomicU64::new(0),
             cut: AtomicU64::new(0),
@@ -163,15 +179,23 @@ impl Proxy {
         *self.shared.allowance.lock().expect("no holder panics") = Some(bytes);
     }
 
-    /// Flips a bit of the byte that comes after so many more bytes have gone down.
+    /// Flips one bit of the byte that goes down after exactly so many more.
     pub fn flip_after(&self, bytes: u64) {
         *self.shared.flip.lock().expect("no holder panics") = Some(bytes);
     }
 
-    /// Whether the bit is still to be flipped.
+    /// Whether that bit is still to be flipped.
     #[must_use]
     pub fn flips(&self) -> bool {
         self.shared.flip.lock().expect("no holder panics").is_some()
+    }
+
+    /// Runs `act` once, when the first answer comes after `text` has gone up on one connection; the
+    /// answer passes when it has returned. A text that is split over two reads is not found:
+    /// statements are sent in one piece.
+    pub fn when_answered(&self, text: &'static str, act: impl FnOnce() + Send + 'static) {
+        let answered = Answered { text, act: Box::new(act) };
+        *self.shared.answered.lock().expect("no holder panics") = Some(answered);
     }
 
     /// What has passed so far.
@@ -229,10 +253,11 @@ async fn connection(mut client: TcpStream, target: SocketAddr, shared: Arc<Share
         // Halves that are borrowed: owned ones say a polite end before the reset.
         let (client_read, client_write) = client.split();
         let (server_read, server_write) = server.split();
+        let exchange = Exchange::default();
         let both = async {
             tokio::try_join!(
-                forward(client_read, server_write, Direction::Up, &shared),
-                forward(server_read, client_write, Direction::Down, &shared),
+                forward(client_read, server_write, Direction::Up, &shared, &exchange),
+                forward(server_read, client_write, Direction::Down, &shared, &exchange),
             )
         };
         tokio::select! {
@@ -260,6 +285,7 @@ async fn forward(
     mut to: WriteHalf<'_>,
     direction: Direction,
     shared: &Shared,
+    exchange: &Exchange,
 ) -> io::Result<()> {
     let mut buffer = vec![0; PIECE_BYTES];
     let mut rules = shared.rules.subscribe();
@@ -276,10 +302,11 @@ async fn forward(
             return to.shutdown().await;
         }
         shared.wait_for_turn(read as u64).await;
-        let (allowed, is_last) = shared.take_allowance(read, direction);
+        shared.watch(&buffer[..read], direction, exchange);
         if direction == Direction::Down {
-            shared.flip_bit(&mut buffer[..allowed]);
+            shared.flip(&mut buffer[..read]);
         }
+        let (allowed, is_last) = shared.take_allowance(read, direction);
         to.write_all(&buffer[..allowed]).await?;
         let count = match direction {
             Direction::Up => &shared.up_bytes,
@@ -307,15 +334,37 @@ impl Shared {
         tokio::time::sleep_until(turn).await;
     }
 
-    fn flip_bit(&self, bytes: &mut [u8]) {
+    /// Acts when this piece is the answer that is waited for.
+    fn watch(&self, piece: &[u8], direction: Direction, exchange: &Exchange) {
+        let mut answered = self.answered.lock().expect("no holder panics");
+        let Some(waiting) = answered.as_ref() else { return };
+        match direction {
+            Direction::Up => {
+                let text = waiting.text.as_bytes();
+                if piece.windows(text.len()).any(|window| window == text) {
+                    exchange.is_asked.store(true, Ordering::SeqCst);
+                }
+            }
+            Direction::Down => {
+                if exchange.is_asked.swap(false, Ordering::SeqCst)
+                    && let Some(waiting) = answered.take()
+                {
+                    (waiting.act)();
+                }
+            }
+        }
+    }
+
+    /// Flips a bit when its byte is in this piece.
+    fn flip(&self, piece: &mut [u8]) {
         let mut flip = self.flip.lock().expect("no holder panics");
-        let Some(after) = *flip else { return };
-        match bytes.get_mut(usize::try_from(after).unwrap_or(usize::MAX)) {
+        let Some(left) = *flip else { return };
+        match usize::try_from(left).ok().and_then(|at| piece.get_mut(at)) {
             Some(byte) => {
-                *byte ^= 0x10;
+                *byte ^= 1;
                 *flip = None;
             }
-            None => *flip = Some(after - bytes.len() as u64),
+            None => *flip = Some(left - piece.len() as u64),
         }
     }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# make bench: builds for release, then measures. See bench.py.
+# make bench: builds for release, then measures. See bench.py, cuts.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+if [[ ${1:-files} == cuts ]]; then exec tests/tools/cuts.sh; fi
 . tests/tools/pair.sh
 
 need python3 python3

@@ -6,7 +6,7 @@ use marcot_tests::{
     client::wait_for_end,
     clone_and_wait,
     live::{Live, WRITERS},
-    load::{Load, LoadOptions},
+    load::{Load, LoadOptions, STORM_KINDS, rate_min},
     mariadb::Version,
     recipient, wait_for,
 };
@@ -14,8 +14,9 @@ use marcot_tests::{
 /// Enough for several rounds of the redo log, small enough for CI.
 const BYTES: u64 = 40 << 20;
 
+/// Every row asks that the writers keep up, where MARCOT_RATE_MIN says how far.
 fn writers() -> LoadOptions {
-    LoadOptions { writers: WRITERS, ..LoadOptions::default() }
+    LoadOptions { writers: WRITERS, rate_min: rate_min(), ..LoadOptions::default() }
 }
 
 /// Guards the engine as a whole: position, redo and pages fit one another.
@@ -41,8 +42,12 @@ async fn tables_come_and_go(version: Version) {
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(200);
     live.clone_with("clone", load, |load| {
-        let ddl = load.ddl();
-        wait_for("tables to change", || (load.ddl() > ddl + 100).then_some(()));
+        let before = STORM_KINDS.map(|kind| load.done(kind));
+        wait_for("every kind of change", || {
+            load.assert_no_problem();
+            let each = || STORM_KINDS.iter().zip(before);
+            each().all(|(kind, before)| load.done(kind) >= before + 2).then_some(())
+        });
     })
     .await;
 }
@@ -123,19 +128,22 @@ async fn two_recipients_at_once_get_a_right_clone_each() {
     let other = Recipient::start(other_home.path(), &["--allow-directory", "/"]);
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(200);
-    let before = load.acknowledged();
+    let before = load.moment();
     let (mut first, mut second) = (recipient(&live.recipient).await, recipient(&other).await);
     let statements = [live.statement("clone", false), live.statement("other", false)];
     let (one, two) = tokio::join!(
         clone_and_wait(&mut first, &statements[0]),
         clone_and_wait(&mut second, &statements[1]),
     );
-    let ended = load.acknowledged();
+    let ended = load.moment();
     load.wait_for_commits(50);
-    let _report = load.stop();
+    for clone in [&one, &two] {
+        load.assert_kept_up(clone);
+    }
+    let report = load.stop();
     for (name, clone) in [("clone", one), ("other", two)] {
         assert_eq!(clone.state(), State::Completed, "{clone:?}");
-        live.check(name, &clone, &before, &ended);
+        live.check(name, &clone, &before, &ended, &report);
     }
 }
 
@@ -324,7 +332,7 @@ async fn a_live_server_is_cloned_onto_an_older_copy() {
     live.start_clone("older").stop();
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(500);
-    let before = load.acknowledged();
+    let before = load.moment();
     let reuse_directory = live.path("older").display().to_string().into_bytes().into();
     let request = CloneStatementRequest {
         statement: live.statement("newer", false),
@@ -335,9 +343,64 @@ async fn a_live_server_is_cloned_onto_an_older_copy() {
     let name = started.into_inner().clone.expect("a clone").name;
     let clone = wait_for_end(&mut client, &name).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
-    let ended = load.acknowledged();
+    let ended = load.moment();
     load.wait_for_commits(50);
-    drop(load.stop());
-    live.check("newer", &clone, &before, &ended);
+    let report = load.stop();
+    live.check("newer", &clone, &before, &ended, &report);
     assert!(clone.reused_bytes > BYTES / 3, "{} bytes reused", clone.reused_bytes);
+}
+
+/// Tablespaces are exchanged over and over while files are copied. At the point one may be
+/// discarded, or another's file may lie in its place: the clone is right, or it ends in the error
+/// that tells of too much DDL.
+#[tokio::test(flavor = "multi_thread")]
+async fn tablespaces_exchanged_over_and_over_never_give_a_wrong_clone() {
+    let live = Live::start(Version::V10_11, &[], 8 << 20);
+    // IMPORT syncs a file while it holds InnoDB's dictionary: on a slow disk a second passes.
+    let options = LoadOptions { imports: true, rate_min: 0, ..writers() };
+    let load = Load::start(&live.server, options);
+    wait_for("a first exchange", || (load.done("import") > 0).then_some(()));
+    live.clone_or_fail_with("clone", load, &["SOURCE_CHANGED"], |load| {
+        let before = load.done("import");
+        wait_for("exchanges", || {
+            load.assert_no_problem();
+            (load.done("import") > before + 3).then_some(())
+        });
+    })
+    .await;
+}
+
+/// The server cuts its undo tablespaces and exchanges its log while both are copied.
+async fn undo_and_log_change_their_size(version: Version) {
+    let arguments = [
+        "--innodb-undo-tablespaces=3",
+        "--innodb-undo-log-truncate=ON",
+        "--innodb-max-undo-log-size=10485760",
+        "--innodb-purge-rseg-truncate-frequency=1",
+    ];
+    let live = Live::start(version, &arguments, 8 << 20);
+    let load = Load::start(&live.server, LoadOptions { upkeep: true, ..writers() });
+    let truncated = || -> u64 {
+        let row = live.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_undo_truncations'");
+        row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
+    };
+    load.wait_for_commits(200);
+    live.clone_with("clone", load, |load| {
+        let (undo, resized) = (truncated(), load.done("resize"));
+        wait_for("undo tablespaces to be cut, the log to be resized", || {
+            load.assert_no_problem();
+            (truncated() > undo && load.done("resize") > resized + 1).then_some(())
+        });
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn undo_and_log_that_change_their_size_arrive_in_10_11() {
+    undo_and_log_change_their_size(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn undo_and_log_that_change_their_size_arrive_in_11_8() {
+    undo_and_log_change_their_size(Version::V11_8).await;
 }

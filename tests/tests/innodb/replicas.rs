@@ -2,8 +2,9 @@
 
 use marcot_tests::{
     clone_and_wait,
+    invariants::check_copy,
     live::{GRANTS, Live, WRITERS, donor},
-    load::{Load, LoadOptions, check_copy},
+    load::{Load, LoadOptions},
     mariadb::{self, MariaDb, Options, Version},
     recipient,
 };
@@ -32,7 +33,7 @@ async fn a_replica_is_cloned(arguments: &[&str]) {
     let running = replica.query("SHOW GLOBAL STATUS LIKE 'Slave_running'");
     assert!(running.contains("ON"), "the SQL thread was not started again: {running}");
     let report = load.stop();
-    eprintln!("{report:?}");
+    eprintln!("{report}");
     let point = clone.coordinates.expect("coordinates");
     let source = point.sources.first().expect("its source's coordinates");
     assert!(!source.gtid_executed.is_empty(), "{point:?}");
