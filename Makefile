@@ -15,6 +15,7 @@ help:
 	@echo "make compare [PLANT=1]      clone a tree of every kind of entry three ways and compare"
 	@echo "make clients                drive both services by grpcio and grpcurl"
 	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
+	@echo "make bench BENCH=mariadb    clones of a live server beside mariadb-backup, end to end"
 	@echo "make bench BENCH=cuts       how long commits are blocked, CUTS=200 times"
 	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
 	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"

@@ -102,7 +102,7 @@ class Daemon:
 class Pair:
     """A donor of one directory and a recipient, on free ports."""
 
-    def __init__(self, options, source):
+    def __init__(self, options, source, engine=()):
         work, tls = options.work, options.tls
         self.marcot = options.bin / "marcot"
         accounts = work / "accounts"
@@ -121,7 +121,7 @@ class Pair:
                 "donor",
                 [options.bin / "marcot-donor", "--data-directory", source]
                 + ["--listen", "127.0.0.1:0", "--accounts", accounts]
-                + ["--tls-cert", tls / "server.pem", "--tls-key", tls / "server.key"],
+                + ["--tls-cert", tls / "server.pem", "--tls-key", tls / "server.key", *engine],
             )
             self.recipient, self.recipient_address = self.start(
                 work,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make bench: builds for release, then measures. See bench.py, cuts.sh.
+# make bench: builds for release, then measures. See bench.py, bench_mariadb.py, cuts.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [[ ${1:-files} == cuts ]]; then exec tests/tools/cuts.sh; fi
@@ -12,4 +12,12 @@ if [[ ${1:-files} == files ]]; then need rsync rsync; fi
 build_binaries release
 make_work bench
 make_certificates
+if [[ ${1:-files} == mariadb ]]; then
+  PATH=$PATH:/usr/sbin need mariadbd mariadb-server-core
+  need mariadb-backup mariadb-backup
+  need mbstream mariadb-backup
+  need sysbench sysbench
+  python3 tests/tools/bench_mariadb.py --bin "$bin" --work "$work" --tls "$work/tls"
+  exit
+fi
 python3 tests/tools/bench.py "${1:-files}" --bin "$bin" --work "$work" --tls "$work/tls"
