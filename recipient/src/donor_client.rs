@@ -474,9 +474,21 @@ impl Connector {
         let DonorConnection { channel, security, .. } = connect(&self.options).await?;
         if let Some(key) = &self.key {
             let mut client = AuthServiceClient::new(channel.clone());
-            login::log_in_with_key(&mut client, &security, &self.snapshot, key)
-                .await
-                .map_err(Failure::from_donor)?;
+            login::log_in_with_key(&mut client, &security, &self.snapshot, key).await.map_err(
+                |failure| match failure.reason.as_ref() {
+                    // Whoever knew the key has ended.
+                    "ACCESS_DENIED" => Failure::new(
+                        Code::NotFound,
+                        "UNKNOWN_SNAPSHOT",
+                        format!(
+                            "{} has ended: the donor service was restarted, or the lease ran out",
+                            self.snapshot
+                        ),
+                    )
+                    .from_donor(),
+                    _ => failure.from_donor(),
+                },
+            )?;
         }
         Ok(channel)
     }

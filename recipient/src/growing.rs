@@ -67,6 +67,11 @@ impl GrowingFiles {
         Ok(())
     }
 
+    /// Forgets all: another snapshot begins.
+    pub fn clear(&self) {
+        self.lock().clear();
+    }
+
     /// Files that still grow.
     #[must_use]
     pub fn growing(&self) -> Vec<GrowingFile> {

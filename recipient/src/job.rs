@@ -4,7 +4,11 @@ pub mod history;
 pub mod registry;
 pub mod status;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use marcot_common::{
     entry::{Attributes, Change, Kind},
@@ -27,14 +31,32 @@ use crate::{
     preflight::{self, Prepared},
     progress::Progress,
     request::CloneRequest,
+    retry::Patience,
+    reuse::Reuse,
     settings::Settings,
     source::{Source, blocking},
-    staging::Staging,
+    staging::{STAGING_PREFIX, Staging},
     verify::{VerifiedTree, verify},
 };
 
 /// Most rounds over all stages: far more than any engine asks for before it gives up itself.
 const ROUNDS_MAX: u32 = 64;
+
+/// Most snapshots that one clone may lose: a donor that is restarted more often is being worked on.
+const SNAPSHOTS_LOST_MAX: u32 = 3;
+
+/// Where a clone's bytes are staged.
+#[must_use]
+pub fn staging_directory(target: &Path, id: &str) -> PathBuf {
+    target.parent().map(PathBuf::from).unwrap_or_default().join(format!("{STAGING_PREFIX}{id}"))
+}
+
+/// Where what was staged of a lost snapshot is set aside.
+#[must_use]
+pub fn older_directory(target: &Path, id: &str) -> PathBuf {
+    let staging = staging_directory(target, id);
+    staging.with_file_name(format!("{STAGING_PREFIX}{id}-older"))
+}
 
 /// A clone that runs.
 #[derive(Debug)]
@@ -59,11 +81,51 @@ pub struct CloneJob {
 
 impl CloneJob {
     /// Runs the clone. Whatever happens, no half-made target and no staging is left.
+    ///
+    /// A snapshot that is lost, with its donor's service or by its lease, is opened anew; what is
+    /// staged by then is the older copy whose equal blocks are used.
     pub async fn run(&self) -> Result<(), Failure> {
-        let prepared = self.until_cancelled(Box::pin(preflight::prepare(self))).await?;
+        let mut older = None;
+        let mut lost = 0;
+        let result = loop {
+            let result = self.copy_snapshot(older.take()).await;
+            match result {
+                Err(failure)
+                    if failure.reason == "UNKNOWN_SNAPSHOT"
+                        && lost < SNAPSHOTS_LOST_MAX
+                        && !self.cancel.is_cancelled() =>
+                {
+                    lost += 1;
+                    warn!(clone = %self.id, error = %failure, "the snapshot is lost, another is opened");
+                    self.progress.begin_again(failure.message);
+                    self.growing.clear();
+                    self.status.begin_again();
+                    match self.keep_staged().await {
+                        Ok(kept) => older = kept,
+                        Err(failure) => break Err(failure),
+                    }
+                }
+                result => break result,
+            }
+        };
+        for directory in [self.staging_directory(), self.older_directory()] {
+            if let Err(failure) = blocking(move || Staging::remove(&directory)).await {
+                warn!(clone = %self.id, error = %failure, "staging directory is left");
+            }
+        }
+        result
+    }
+
+    /// Copies one snapshot to its end.
+    async fn copy_snapshot(&self, older: Option<PathBuf>) -> Result<(), Failure> {
+        let prepare = Box::pin(self.prepare(older.is_some()));
+        let mut prepared = self.until_cancelled(prepare).await?;
+        if let Some(older) = older {
+            prepared.reuse = Some(Arc::new(Reuse::open(&older)?));
+        }
         let source = Arc::clone(&prepared.source);
-        let staging_directory = self.request.target.parent().map(PathBuf::from).unwrap_or_default();
-        let staging = match Staging::create(&staging_directory, &self.id, prepared.owners) {
+        let parent = self.request.target.parent().map(PathBuf::from).unwrap_or_default();
+        let staging = match Staging::create(&parent, &self.id, prepared.owners) {
             Ok(staging) => Arc::new(staging),
             Err(failure) => {
                 source.close(Outcome::Failed).await;
@@ -77,12 +139,44 @@ impl CloneJob {
             Err(_) => Outcome::Failed,
         };
         source.close(outcome).await;
-        let directory = staging.directory().to_owned();
-        let removed = blocking(move || Staging::remove(&directory)).await;
-        if let Err(failure) = removed {
-            warn!(clone = %self.id, error = %failure, "staging directory is left");
-        }
         result
+    }
+
+    /// Checks all, and opens a snapshot. A donor that was there before is waited for.
+    async fn prepare(&self, again: bool) -> Result<Prepared, Failure> {
+        let limit = if again { self.settings.donor_timeout } else { Duration::ZERO };
+        let mut patience = Patience::new(&self.progress.retries, limit);
+        loop {
+            match preflight::prepare(self).await {
+                Ok(prepared) => return Ok(prepared),
+                Err(failure) if again => {
+                    tokio::time::sleep(patience.after(failure)?).await;
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+
+    fn staging_directory(&self) -> PathBuf {
+        staging_directory(&self.request.target, &self.id)
+    }
+
+    fn older_directory(&self) -> PathBuf {
+        older_directory(&self.request.target, &self.id)
+    }
+
+    /// Sets aside what is staged; returns its tree.
+    async fn keep_staged(&self) -> Result<Option<PathBuf>, Failure> {
+        let (staged, older) = (self.staging_directory(), self.older_directory());
+        blocking(move || {
+            Staging::remove(&older)?;
+            match rustix::fs::rename(&staged, &older) {
+                Ok(()) => Ok(Some(older.join("tree"))),
+                Err(rustix::io::Errno::NOENT) => Ok(None),
+                Err(e) => Err(Failure::io("set aside", &staged, &e.into())),
+            }
+        })
+        .await
     }
 
     async fn copy_and_install(

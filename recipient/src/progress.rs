@@ -35,6 +35,10 @@ impl Counter {
         self.0.fetch_sub(n, Ordering::Relaxed);
     }
 
+    fn reset(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
     /// Reads.
     #[must_use]
     pub fn get(&self) -> u64 {
@@ -68,6 +72,13 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Another snapshot begins, from its first file on. What the network has carried stays counted.
+    pub fn begin_again(&self, cause: String) {
+        self.files_copied.reset();
+        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.retries.note(cause);
+    }
+
     /// Notes files that the next round must list again.
     pub fn note_unfinished(&self, files: Vec<Unfinished>) -> Result<(), Failure> {
         let mut noted = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,12 +1,16 @@
 //! Which failures are tried again, how often, and after which pause.
 //!
 //! Invariants:
-//! * Progress resets everything: a clone that gets on, however slowly, never runs out of tries.
+//! * Progress resets everything, and that of one stream counts for all: a clone that gets on,
+//!   however slowly, never runs out of tries. What a peer sends wrong counts for each stream alone.
 //! * What the network does is tried for `donor_timeout`; what a peer sends wrong a few times, for a
 //!   flipped bit does not come twice and a broken peer always does.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -31,11 +35,25 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const WRONG_MAX: u32 = 3;
 
 /// Retries of one clone, for its status.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Retries {
     /// How many there were.
     pub count: Counter,
     state: Mutex<Told>,
+    begun: Instant,
+    /// When something right came last, in microseconds since the begin.
+    progressed: AtomicU64,
+}
+
+impl Default for Retries {
+    fn default() -> Self {
+        Self {
+            count: Counter::default(),
+            state: Mutex::default(),
+            begun: Instant::now(),
+            progressed: AtomicU64::new(0),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -51,6 +69,21 @@ impl Retries {
     pub fn told(&self) -> (String, bool) {
         let state = self.lock();
         (state.last_cause.clone(), state.waiting > 0)
+    }
+
+    /// Counts one.
+    pub fn note(&self, cause: String) {
+        self.count.add(1);
+        self.lock().last_cause = cause;
+    }
+
+    fn progressed(&self) -> Instant {
+        self.begun + Duration::from_micros(self.progressed.load(Ordering::Relaxed))
+    }
+
+    fn progress(&self) {
+        let now = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.progressed.store(now, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Told> {
@@ -90,6 +123,7 @@ pub struct Patience<'a> {
     retries: &'a Retries,
     limit: Duration,
     since: Option<Instant>,
+    failed: Option<Instant>,
     pause: Duration,
     wrong: u32,
 }
@@ -98,11 +132,12 @@ impl<'a> Patience<'a> {
     /// Nothing has failed yet; a donor that is gone is waited for as long as `limit`.
     #[must_use]
     pub fn new(retries: &'a Retries, limit: Duration) -> Self {
-        Self { retries, limit, since: None, pause: PAUSE_MIN, wrong: 0 }
+        Self { retries, limit, since: None, failed: None, pause: PAUSE_MIN, wrong: 0 }
     }
 
     /// Something right has come.
     pub fn progress(&mut self) {
+        self.retries.progress();
         if self.since.take().is_some() {
             self.retries.lock().waiting -= 1;
         }
@@ -122,7 +157,11 @@ impl<'a> Patience<'a> {
         if first {
             self.retries.lock().waiting += 1;
         }
-        let waited = now.saturating_duration_since(since);
+        let progressed = self.retries.progressed();
+        if progressed > self.failed.replace(now).unwrap_or(now) {
+            self.pause = PAUSE_MIN;
+        }
+        let waited = now.saturating_duration_since(since.max(progressed));
         let is_over = match kind {
             Kind::Final => true,
             Kind::Wrong => self.wrong >= WRONG_MAX || self.limit.is_zero(),
@@ -135,8 +174,7 @@ impl<'a> Patience<'a> {
             });
         }
         tracing::warn!(error = %failure, pause = ?self.pause, "trying again");
-        self.retries.count.add(1);
-        self.retries.lock().last_cause = failure.message;
+        self.retries.note(failure.message);
         let pause = jittered(self.pause);
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         Ok(pause)
@@ -200,6 +238,30 @@ mod tests {
         drop(patience);
         assert!(!retries.told().1);
         assert!(retries.count.get() >= 3);
+    }
+
+    /// Guards a stream that is cut again and again before its turn comes, while others get on: the
+    /// donor is there. Without the time of all streams' progress it ends the clone.
+    #[test]
+    fn the_progress_of_one_stream_keeps_the_others_waiting() {
+        let retries = Retries::default();
+        let limit = Duration::from_millis(500);
+        let (mut starved, mut lucky) =
+            (Patience::new(&retries, limit), Patience::new(&retries, limit));
+        let begun = Instant::now();
+        while begun.elapsed() < limit * 3 {
+            let pause = starved.after(failure("STALLED")).unwrap();
+            assert!(pause <= PAUSE_MIN, "{pause:?}");
+            lucky.progress();
+            std::thread::sleep(pause);
+        }
+        let last = loop {
+            match starved.after(failure("STALLED")) {
+                Ok(pause) => std::thread::sleep(pause),
+                Err(last) => break last,
+            }
+        };
+        assert_eq!(last.reason, "STALLED");
     }
 
     #[test]

@@ -66,6 +66,7 @@ struct Rules {
 }
 
 struct Shared {
+    target: Mutex<SocketAddr>,
     rules: watch::Sender<Rules>,
     /// Bytes down until all connections are cut.
     allowance: Mutex<Option<u64>>,
@@ -113,6 +114,7 @@ impl Proxy {
             .build()
             .expect("a thread");
         let shared = Arc::new(Shared {
+            target: Mutex::new(target),
             rules: watch::Sender::new(Rules::default()),
             allowance: Mutex::new(None),
             flip: Mutex::new(None),
@@ -123,7 +125,7 @@ impl Proxy {
             up_bytes: AtomicU64::new(0),
             down_bytes: AtomicU64::new(0),
         });
-        runtime.spawn(accept(listener, target, Arc::clone(&shared)));
+        runtime.spawn(accept(listener, Arc::clone(&shared)));
         Self { address, shared, runtime: Some(runtime) }
     }
 
@@ -146,6 +148,11 @@ impl Proxy {
             rules.is_stalled = false;
             rules.is_down = false;
         });
+    }
+
+    /// Connects later ones to another target: one that was started again elsewhere.
+    pub fn set_target(&self, target: SocketAddr) {
+        *self.shared.target.lock().expect("no holder panics") = target;
     }
 
     /// Resets every open connection; later ones pass.
@@ -221,7 +228,7 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: std::net::TcpListener, target: SocketAddr, shared: Arc<Shared>) {
+async fn accept(listener: std::net::TcpListener, shared: Arc<Shared>) {
     let listener = TcpListener::from_std(listener).expect("within the proxy's runtime");
     loop {
         let Ok((client, _)) = listener.accept().await else {
@@ -230,6 +237,7 @@ async fn accept(listener: std::net::TcpListener, target: SocketAddr, shared: Arc
             continue;
         };
         shared.connections.fetch_add(1, Ordering::SeqCst);
+        let target = *shared.target.lock().expect("no holder panics");
         tokio::spawn(connection(client, target, Arc::clone(&shared)));
     }
 }

@@ -19,14 +19,10 @@ use uuid::Uuid;
 use super::{
     CloneJob,
     history::{CLONES_MAX, History},
+    older_directory, staging_directory,
     status::{CloneStatus, interrupted, is_final},
 };
-use crate::{
-    progress::Progress,
-    request::CloneRequest,
-    settings::Settings,
-    staging::{STAGING_PREFIX, Staging},
-};
+use crate::{progress::Progress, request::CloneRequest, settings::Settings, staging::Staging};
 
 /// How often a running clone's counters are read.
 const TICK: Duration = Duration::from_millis(250);
@@ -408,15 +404,14 @@ fn clear_up(clone: &mut pb::Clone) {
     let id = clone.name.rsplit('/').next().unwrap_or_default().to_owned();
     let target = Path::new(std::ffi::OsStr::from_bytes(&clone.destination));
     let mut end = pb::State::Failed;
-    if let Some(parent) = target.parent()
-        && Uuid::parse_str(&id).is_ok()
-    {
-        let staging = parent.join(format!("{STAGING_PREFIX}{id}"));
+    if target.parent().is_some() && Uuid::parse_str(&id).is_ok() {
+        let staging = staging_directory(target, &id);
         // The tree has left its staging directory by the one rename that installs it.
         if staging.is_dir() && !staging.join("tree").exists() && target.is_dir() {
             end = pb::State::Completed;
         }
-        match Staging::remove(&staging) {
+        let older = older_directory(target, &id);
+        match Staging::remove(&staging).and_then(|()| Staging::remove(&older)) {
             Ok(()) => info!(clone = %id, "cleared up after a clone that a stop has ended"),
             Err(failure) => warn!(clone = %id, error = %failure, "staging directory is left"),
         }

@@ -128,6 +128,22 @@ impl CloneStatus {
         self.publish();
     }
 
+    /// Another snapshot begins: so do the stages.
+    pub fn begin_again(&self) {
+        let mut state = self.lock();
+        for row in &mut state.clone.stages {
+            let stage = row.stage;
+            *row = pb::StageProgress {
+                stage,
+                state: pb::State::NotStarted.into(),
+                ..pb::StageProgress::default()
+            };
+        }
+        state.samples.clear();
+        drop(state);
+        self.publish();
+    }
+
     /// The copy is whole: the stage that runs has ended.
     pub fn end_stages(&self) {
         let mut state = self.lock();

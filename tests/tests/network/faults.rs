@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use marcot_proto::recipient::v1::State;
-use marcot_tests::{client::wait_for_end, tree};
+use marcot_tests::{Donor, client::wait_for_end, tree};
 
 use crate::{DATA_BYTES, Net};
 
@@ -103,4 +103,28 @@ async fn a_bit_that_flips_is_noticed_wherever_it_is() {
         std::fs::remove_dir_all(net.path(&target)).ok();
     }
     assert!(completed >= 12, "{completed} of 24 clones went on after a flipped bit");
+}
+
+/// Guards the reuse of what is staged when the donor service is restarted: its snapshot is lost,
+/// another one is opened, and what had arrived does not come again. Without the older copy all
+/// bytes come twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_service_that_is_restarted_costs_little() {
+    let mut net = Net::start(&[]).await;
+    net.proxy.limit(Some(32 << 20));
+    let name = net.begin("copy").await;
+    net.pass_bytes(DATA_BYTES * 6 / 10);
+    net.donor.0.kill();
+    net.until(&name, "a retry", |clone| clone.retries > 0).await;
+    net.donor = Donor::start(net.home.path(), &net.path("data"), &[]);
+    net.proxy.set_target(net.donor.0.address);
+    let end = wait_for_end(&mut net.client, &name).await;
+    assert_eq!(end.state(), State::Completed, "{end:?}");
+    tree::assert_identical(&net.path("data"), &net.path("copy"));
+    assert!(end.reused_bytes > DATA_BYTES * 4 / 10, "{} bytes reused", end.reused_bytes);
+    let passed = net.proxy.counts().down_bytes;
+    assert!(passed < DATA_BYTES * 12 / 10, "{passed} bytes for {DATA_BYTES}");
+    let left: Vec<_> = tree::names(net.home.path());
+    assert!(!left.iter().any(|name| name.starts_with(".marcot-")), "{left:?}");
+    assert_eq!(end.files_copied, end.files_expected);
 }
