@@ -2,6 +2,7 @@
 //! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
 
 mod faults;
+mod locks;
 mod matrix;
 mod refusals;
 mod replicas;
