@@ -25,3 +25,15 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
 /// Bytes of entries in one ListFiles message.
 pub const LIST_MESSAGE_BYTES: usize = 256 << 10;
+
+/// Capability of a donor that compares blocks with digests of what its caller has.
+pub const KNOWN_BLOCKS: &str = "known_blocks";
+
+/// Bytes of a block's digest: the first ones of its BLAKE3. 128 bits that nobody can find two
+/// blocks for, not even who may write to the database.
+pub const DIGEST_BYTES: usize = 16;
+
+/// Smallest and largest block that digests speak of.
+pub const BLOCK_BYTES_MIN: u64 = 4 << 10;
+/// See `BLOCK_BYTES_MIN`.
+pub const BLOCK_BYTES_MAX: u64 = 1 << 20;

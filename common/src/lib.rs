@@ -3,6 +3,7 @@
 pub mod access;
 pub mod accounts;
 pub mod admin;
+pub mod checksum;
 pub mod chunk;
 pub mod config;
 pub mod connect;

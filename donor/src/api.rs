@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use futures::Stream;
 use marcot_common::{
-    access, chunk,
+    access, checksum, chunk,
     failure::Failure,
     host, time,
     wire::{self, attributes_to_wire, entry_to_wire, totals_to_wire},
@@ -166,7 +166,7 @@ impl DonorService for Api {
             variables: server.variables.into_iter().collect(),
             os: "Linux".to_owned(),
             machine: std::env::consts::ARCH.to_owned(),
-            capabilities: vec!["zstd".to_owned()],
+            capabilities: vec!["zstd".to_owned(), chunk::KNOWN_BLOCKS.to_owned()],
             digest_algorithms: vec![pbc::DigestAlgorithm::Xxh3128.into()],
             chunk_bytes_max: chunk::CHUNK_BYTES_MAX,
             ranges_max: u32::try_from(chunk::RANGES_MAX).unwrap_or(u32::MAX),
@@ -370,13 +370,18 @@ fn list(
 ) -> Result<(), Failure> {
     let totals = held.snapshot.totals(position)?;
     let mut message = pb::ListFilesResponse::default();
+    let mut entries = Vec::new();
     let mut bytes = 0;
     for entry in held.snapshot.list(position, start)? {
-        let entry = entry_to_wire(&entry?);
-        bytes += entry.encoded_len() + 8;
-        message.entries.push(entry);
+        let entry = entry?;
+        let encoded = entry_to_wire(&entry);
+        bytes += encoded.encoded_len() + 8;
+        message.entries.push(encoded);
+        entries.push(entry);
         if bytes >= chunk::LIST_MESSAGE_BYTES {
             bytes = 0;
+            message.entries_crc32c = Some(checksum::of_entries(&entries));
+            entries.clear();
             if held.ended.is_cancelled() {
                 return Err(snapshot_ended(&held.name));
             }
@@ -385,6 +390,7 @@ fn list(
             }
         }
     }
+    message.entries_crc32c = Some(checksum::of_entries(&entries));
     message.end = Some(pb::ListEnd { totals: Some(totals_to_wire(totals)), growing: false });
     drop(sender.blocking_send(Ok(message)));
     Ok(())
@@ -431,13 +437,16 @@ async fn advance(
             }
         }
     };
-    let step = pb::advance_stage_response::Step::Advanced(pb::Advanced {
+    let mut message = pb::Advanced {
         stage: advanced.position.stage.to_wire().into(),
         round: advanced.position.round,
         totals: Some(totals_to_wire(advanced.totals)),
         consistency_level: advanced.consistency_level.into(),
         coordinates: advanced.coordinates,
         root: advanced.root.as_ref().map(attributes_to_wire),
-    });
+        crc32c: None,
+    };
+    message.crc32c = Some(checksum::of_advanced(&message, advanced.root.as_ref()));
+    let step = pb::advance_stage_response::Step::Advanced(message);
     Ok(pb::AdvanceStageResponse { step: Some(step) })
 }

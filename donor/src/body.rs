@@ -230,6 +230,7 @@ mod tests {
                     hole: true,
                     unchanged: false,
                 }],
+                header_crc32c: None,
                 payload: Bytes::new(),
             };
             let whole = pb::Chunk { payload: Bytes::copy_from_slice(payload), ..header.clone() };

@@ -12,8 +12,10 @@ use std::{
 
 use bytes::Bytes;
 use marcot_common::{
+    checksum,
     chunk::{
-        CALL_BYTES_MAX, CHUNK_BYTES, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, EXTENTS_MAX, RANGES_MAX,
+        BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, CALL_BYTES_MAX, CHUNK_BYTES, CHUNK_BYTES_MAX,
+        CHUNK_BYTES_MIN, DIGEST_BYTES, EXTENTS_MAX, RANGES_MAX,
     },
     entry::FileId,
     failure::Failure,
@@ -50,6 +52,7 @@ pub struct ReadPlan {
     digest: bool,
     chunk_bytes: usize,
     bytes_max: u64,
+    known_block_bytes: u64,
 }
 
 impl ReadPlan {
@@ -86,6 +89,23 @@ impl ReadPlan {
                 ));
             }
         };
+        let block = request.known_block_bytes;
+        let is_block =
+            block.is_power_of_two() && (BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&block);
+        let known = request.ranges.iter().find(|range| !range.known_digests.is_empty());
+        if let Some(range) = known
+            && (!is_block || !range.known_digests.len().is_multiple_of(DIGEST_BYTES))
+        {
+            return Err(Failure::invalid(
+                "BAD_KNOWN_BLOCKS",
+                format!(
+                    "{} bytes of known digests for blocks of {block} bytes; digests have \
+                     {DIGEST_BYTES} bytes, blocks a power of two from {BLOCK_BYTES_MIN} to \
+                     {BLOCK_BYTES_MAX}",
+                    range.known_digests.len()
+                ),
+            ));
+        }
         let digest = match pbc::DigestAlgorithm::try_from(request.digest_algorithm) {
             Ok(pbc::DigestAlgorithm::Unspecified) => false,
             Ok(pbc::DigestAlgorithm::Xxh3128) => true,
@@ -114,6 +134,7 @@ impl ReadPlan {
                 0 => CALL_BYTES_MAX,
                 n => n.min(CALL_BYTES_MAX),
             },
+            known_block_bytes: block,
         })
     }
 }
@@ -228,7 +249,18 @@ impl ChunkReader {
             if may_stop && unit > 1 && room < unit {
                 self.flush(emit)?;
             }
-            match self.read_some(range.file_id, reader.as_mut(), offset, end) {
+            let read = match self.known_block(range, offset, end) {
+                Some((digest, block_end)) => {
+                    if self.chunk.filled as u64 + (block_end - offset)
+                        > self.plan.chunk_bytes as u64
+                    {
+                        self.flush(emit)?;
+                    }
+                    self.read_block(range.file_id, reader.as_mut(), offset, block_end, digest)
+                }
+                None => self.read_some(range.file_id, reader.as_mut(), offset, end),
+            };
+            match read {
                 Ok(next) => offset = next,
                 Err(failure) => return Ok(Err(failure)),
             }
@@ -238,6 +270,57 @@ impl ChunkReader {
             }
         }
         Ok(reader.check_unchanged().map(|()| Progress::Finished))
+    }
+
+    /// The digest that the caller has for the block at `offset`, and the block's end; `None` where
+    /// no block begins.
+    fn known_block<'r>(
+        &self,
+        range: &'r pb::Range,
+        offset: u64,
+        end: u64,
+    ) -> Option<(&'r [u8], u64)> {
+        let block = self.plan.known_block_bytes;
+        if range.known_digests.is_empty() || !offset.is_multiple_of(block) {
+            return None;
+        }
+        let first = range.offset.div_ceil(block);
+        let at = usize::try_from(offset / block - first).ok()?.checked_mul(DIGEST_BYTES)?;
+        let digest = range.known_digests.get(at..at + DIGEST_BYTES)?;
+        Some((digest, (offset + block).min(end)))
+    }
+
+    /// Reads a block that the caller may have already; returns where to go on.
+    fn read_block(
+        &mut self,
+        file_id: u64,
+        reader: &mut dyn FileReader,
+        offset: u64,
+        block_end: u64,
+        known: &[u8],
+    ) -> Result<u64, Failure> {
+        let span = reader.span(offset, block_end)?;
+        // A hole costs nothing, and pages that an earlier round has given even less.
+        if span.content != Content::Data || span.end < block_end {
+            return self.read_some(file_id, reader, offset, block_end);
+        }
+        if self.chunk.buffer.is_empty() {
+            self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
+        }
+        let length = block_end - offset;
+        let room = &mut self.chunk.buffer[self.chunk.filled..];
+        let Some(bytes) = usize::try_from(length).ok().and_then(|length| room.get_mut(..length))
+        else {
+            return self.read_some(file_id, reader, offset, block_end);
+        };
+        reader.read_exact_at(bytes, offset)?;
+        let is_known = blake3::hash(bytes).as_bytes()[..DIGEST_BYTES] == *known;
+        if !is_known {
+            self.chunk.filled += bytes.len();
+            self.end.raw_bytes += length;
+        }
+        self.add_extent(pb::Extent { file_id, offset, length, hole: false, unchanged: is_known });
+        Ok(block_end)
     }
 
     /// Reads up to the end of the span or of the buffer; returns where to go on.
@@ -273,21 +356,22 @@ impl ChunkReader {
             self.end.raw_bytes += length;
         }
         let (hole, unchanged) = (span.content == Content::Hole, span.content == Content::Unchanged);
+        self.add_extent(pb::Extent { file_id, offset, length, hole, unchanged });
+        Ok(offset + length)
+    }
+
+    fn add_extent(&mut self, extent: pb::Extent) {
         match self.chunk.extents.last_mut() {
             Some(last)
-                if last.file_id == file_id
-                    && last.hole == hole
-                    && last.unchanged == unchanged
-                    && last.offset + last.length == offset =>
+                if last.file_id == extent.file_id
+                    && last.hole == extent.hole
+                    && last.unchanged == extent.unchanged
+                    && last.offset + last.length == extent.offset =>
             {
-                last.length += length;
+                last.length += extent.length;
             }
-            _ => {
-                let extent = pb::Extent { file_id, offset, length, hole, unchanged };
-                self.chunk.extents.push(extent);
-            }
+            _ => self.chunk.extents.push(extent),
         }
-        Ok(offset + length)
     }
 
     fn sent_enough(&self) -> bool {
@@ -324,7 +408,7 @@ impl ChunkReader {
             None => (pbc::Codec::None, self.pool.freeze(chunk.buffer, chunk.filled)),
         };
         self.end.payload_bytes += payload.len() as u64;
-        let header = pb::Chunk {
+        let mut header = pb::Chunk {
             stage: self.plan.position.stage.to_wire().into(),
             round: self.plan.position.round,
             codec: codec.into(),
@@ -332,8 +416,10 @@ impl ChunkReader {
             crc32c,
             digest,
             extents: chunk.extents,
+            header_crc32c: None,
             payload: Bytes::new(),
         };
+        header.header_crc32c = Some(checksum::of_chunk_header(&header));
         emit(Frame::Chunk(header, payload))
     }
 }

@@ -209,16 +209,18 @@ impl RecipientService for Api {
 
     async fn pause_clone(
         &self,
-        _: Request<pb::PauseCloneRequest>,
+        request: Request<pb::PauseCloneRequest>,
     ) -> Result<Response<pb::PauseCloneResponse>, Status> {
-        Err(Failure::unimplemented("PauseClone").into())
+        let clone = self.clones.pause(&request.into_inner().name)?;
+        Ok(Response::new(pb::PauseCloneResponse { clone: Some(clone) }))
     }
 
     async fn resume_clone(
         &self,
-        _: Request<pb::ResumeCloneRequest>,
+        request: Request<pb::ResumeCloneRequest>,
     ) -> Result<Response<pb::ResumeCloneResponse>, Status> {
-        Err(Failure::unimplemented("ResumeClone").into())
+        let clone = self.clones.resume(&request.into_inner().name)?;
+        Ok(Response::new(pb::ResumeCloneResponse { clone: Some(clone) }))
     }
 
     async fn update_clone_limits(

@@ -19,7 +19,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use marcot_common::failure::Failure;
 use marcot_proto::recipient::v1::{
-    CancelCloneRequest, Clone, GetCloneRequest, ListClonesRequest, ValidateCloneRequest,
+    CancelCloneRequest, Clone, GetCloneRequest, ListClonesRequest, PauseCloneRequest,
+    ResumeCloneRequest, ValidateCloneRequest,
 };
 
 use self::{
@@ -90,6 +91,20 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             let end = wait(&mut client, &name, Interrupt::Leaves, &mut interrupts, output).await?;
             // Cancelled is what was asked for.
             Ok(if end == End::Cancelled { End::Done } else { end })
+        }
+        Command::Pause { name } => {
+            let mut client = Client::connect(arguments).await?;
+            let request = PauseCloneRequest { name: clone_name(name) };
+            let answer = client.api().pause_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
+        }
+        Command::Resume { name } => {
+            let mut client = Client::connect(arguments).await?;
+            let request = ResumeCloneRequest { name: clone_name(name), ..Default::default() };
+            let answer = client.api().resume_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
         }
         Command::Account { what } => account::run(what, output).map(|()| End::Done),
         Command::Completions { shell } => {

@@ -9,14 +9,15 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use marcot_common::{
-    chunk::MESSAGE_BYTES_MAX,
+    checksum,
+    chunk::{KNOWN_BLOCKS, MESSAGE_BYTES_MAX},
     connect::{ConnectOptions, DonorConnection, connect},
     entry::Totals,
     failure::Failure,
     login,
     position::Position,
     telemetry::propagation::TraceInterceptor,
-    time::duration_to_wire,
+    time::{self, duration_to_wire},
     wire,
 };
 use marcot_engine::{Advanced, SnapshotOptions};
@@ -34,18 +35,22 @@ use crate::{
         FetchContext, StreamWork,
         decode::SILENCE_MAX,
         remote::{ReadOptions, copy_units, follow},
-        stopped,
     },
     job::CloneJob,
     list::{FileList, ListReceiver},
     plan::Cut,
+    progress::Progress,
     request::DonorRequest,
+    retry::Patience,
     settings::Settings,
     source::{Opened, Source},
 };
 
-/// Lease of a snapshot; renewed at a third of it.
-const LEASE: Duration = Duration::from_secs(60);
+/// Shortest lease of a snapshot: a recipient that misses two renewals keeps it.
+const LEASE_MIN: Duration = Duration::from_secs(60);
+
+/// Between two renewals of the lease.
+const RENEW_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Longest wait for the donor to list its files: a walk of some million files.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15 * 60);
@@ -59,14 +64,11 @@ type Client = DonorServiceClient<InterceptedService<Channel, TraceInterceptor>>;
 /// A snapshot on a donor.
 #[derive(Debug)]
 pub struct DonorSource {
-    client: Client,
+    control: Arc<Control>,
     snapshot: String,
     opened: Opened,
     server_info: pb::GetServerInfoResponse,
-    pinned: ConnectOptions,
-    /// Whether further connections must log in.
-    accounts: bool,
-    key: Arc<login::CloneKey>,
+    connector: Connector,
     compression_level: Option<i32>,
     renewal: AbortHandle,
 }
@@ -100,9 +102,7 @@ impl DonorSource {
             });
         }
         let accounts = log_in(&channel, request, &security).await?;
-        let mut client = DonorServiceClient::with_interceptor(channel, TraceInterceptor)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client = client_on(channel);
         let server_info = call(
             "GetServerInfo",
             CALL_TIMEOUT,
@@ -113,9 +113,10 @@ impl DonorSource {
             job.status.update(|clone| clone.donor_version.clone_from(&server_info.version));
         }
         let key = Arc::new(login::CloneKey::generate()?);
+        let lease = lease(settings.donor_timeout, &server_info);
         let open = pb::OpenSnapshotRequest {
             public_key: Bytes::copy_from_slice(key.public_key()),
-            lease_duration: Some(duration_to_wire(LEASE)),
+            lease_duration: Some(duration_to_wire(lease)),
             request_id: uuid::Uuid::new_v4().to_string(),
             clone: format!("clones/{clone_id}"),
             block_ddl: snapshot.block_ddl,
@@ -123,9 +124,20 @@ impl DonorSource {
             ..pb::OpenSnapshotRequest::default()
         };
         let opened = call("OpenSnapshot", OPEN_TIMEOUT, client.open_snapshot(open)).await?;
-        let renewal = spawn_renewal(client.clone(), opened.snapshot.clone());
+        let connector = Connector {
+            options: pinned,
+            snapshot: opened.snapshot.clone(),
+            key: accounts.then_some(key),
+        };
+        let control = Arc::new(Control {
+            connector: connector.clone(),
+            client: tokio::sync::Mutex::new(Some(client)),
+            progress: job.map(|job| Arc::clone(&job.progress)).unwrap_or_default(),
+            donor_timeout: settings.donor_timeout,
+        });
+        let renewal = spawn_renewal(Arc::clone(&control), lease);
         Ok(Self {
-            client,
+            control,
             opened: Opened {
                 position: wire::position(opened.stage, opened.round)?,
                 estimate: wire::totals(opened.estimate),
@@ -133,9 +145,7 @@ impl DonorSource {
             },
             snapshot: opened.snapshot,
             server_info,
-            pinned,
-            accounts,
-            key,
+            connector,
             compression_level: request.compression_level,
             renewal,
         })
@@ -167,24 +177,40 @@ async fn log_in(
     }
 }
 
-fn spawn_renewal(mut client: Client, snapshot: String) -> AbortHandle {
+/// How long the donor keeps the snapshot of a recipient that is gone.
+fn lease(donor_timeout: Duration, donor: &pb::GetServerInfoResponse) -> Duration {
+    let most = donor.lease_duration_max.and_then(|most| time::duration_from_wire(most).ok());
+    donor_timeout.max(LEASE_MIN).min(most.unwrap_or(LEASE_MIN))
+}
+
+fn spawn_renewal(control: Arc<Control>, lease: Duration) -> AbortHandle {
     let task = tokio::spawn(async move {
-        let mut tick = tokio::time::interval(LEASE / 3);
+        let mut tick = tokio::time::interval(RENEW_INTERVAL.min(lease / 3));
         loop {
             tick.tick().await;
             let request = pb::RenewLeaseRequest {
-                snapshot: snapshot.clone(),
-                lease_duration: Some(duration_to_wire(LEASE)),
+                snapshot: control.connector.snapshot.clone(),
+                lease_duration: Some(duration_to_wire(lease)),
+            };
+            let renewed = async {
+                let mut client = control.client().await?;
+                call("RenewLease", CALL_TIMEOUT, client.renew_lease(request)).await
             };
             // A lost lease shows in the calls that need it; here it is only told early.
-            if let Err(failure) =
-                call("RenewLease", CALL_TIMEOUT, client.renew_lease(request)).await
-            {
+            if let Err(failure) = renewed.await {
+                let snapshot = &control.connector.snapshot;
                 warn!(%snapshot, error = %failure, "lease was not renewed");
+                control.drop_connection().await;
             }
         }
     });
     task.abort_handle()
+}
+
+fn client_on(channel: Channel) -> Client {
+    DonorServiceClient::with_interceptor(channel, TraceInterceptor)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
 
 async fn call<T>(
@@ -215,21 +241,21 @@ fn told(name: &str, status: &tonic::Status) -> Failure {
     failure.from_donor()
 }
 
-/// What a stream does on its connection.
-type Reading =
-    for<'a> fn(Channel, &'a ReadOptions, &'a FetchContext) -> BoxFuture<'a, Result<(), Failure>>;
+/// What a stream does.
+type Reading = for<'a> fn(
+    &'a mut Link,
+    &'a ReadOptions,
+    &'a FetchContext,
+) -> BoxFuture<'a, Result<(), Failure>>;
 
 impl DonorSource {
     /// Work on a connection of its own.
     fn stream(&self, reading: Reading) -> StreamWork {
-        let connection = StreamConnection {
-            options: self.pinned.clone(),
-            snapshot: self.snapshot.clone(),
-            key: self.accounts.then(|| Arc::clone(&self.key)),
-        };
+        let mut link = Link { connector: self.connector.clone(), channel: None };
         let read = ReadOptions {
             snapshot: self.snapshot.clone(),
             compression_level: self.compression_level,
+            known_blocks: self.server_info.capabilities.iter().any(|name| name == KNOWN_BLOCKS),
         };
         let span = Span::current();
         Box::new(move |context| {
@@ -239,11 +265,7 @@ impl DonorSource {
                 .enable_all()
                 .build()
                 .map_err(|e| Failure::bug(format!("start a stream's runtime: {e}")))?;
-            runtime.block_on(async {
-                let opened = context.stop.run_until_cancelled(connection.open()).await;
-                let channel = opened.unwrap_or_else(|| Err(stopped()))?;
-                reading(channel, &read, context).await
-            })
+            runtime.block_on(reading(&mut link, &read, context))
         })
     }
 }
@@ -263,13 +285,73 @@ impl Source for DonorSource {
         position: Position,
         mut receiver: ListReceiver,
     ) -> Result<FileList, Failure> {
+        let control = &self.control;
+        let mut patience = control.patience();
+        loop {
+            let before = receiver.next_number();
+            let received = self.receive_list(position, &mut receiver).await;
+            if receiver.next_number() > before {
+                patience.progress();
+            }
+            match received {
+                Ok(totals) => return receiver.finish(totals),
+                Err(failure) => control.pause_after(failure, &mut patience).await?,
+            }
+        }
+    }
+
+    fn streams(&self, count: usize) -> Vec<StreamWork> {
+        let work = || self.stream(|link, read, context| Box::pin(copy_units(link, read, context)));
+        std::iter::repeat_with(work).take(count).collect()
+    }
+
+    fn follower(&self) -> StreamWork {
+        self.stream(|link, read, context| Box::pin(follow(link, read, context)))
+    }
+
+    async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
+        let control = &self.control;
+        let mut patience = control.patience();
+        loop {
+            match self.receive_advanced(from, &mut patience).await {
+                Ok(advanced) => return Ok(advanced),
+                Err(failure) => control.pause_after(failure, &mut patience).await?,
+            }
+        }
+    }
+
+    async fn close(&self, outcome: pb::Outcome) {
+        self.renewal.abort();
+        let request =
+            pb::CloseSnapshotRequest { snapshot: self.snapshot.clone(), outcome: outcome.into() };
+        let closed = async {
+            let mut client = self.control.client().await?;
+            call("CloseSnapshot", CALL_TIMEOUT, client.close_snapshot(request)).await
+        };
+        if let Err(failure) = closed.await {
+            warn!(
+                snapshot = %self.snapshot,
+                error = %failure,
+                "snapshot was not closed; its lease ends it"
+            );
+        }
+    }
+}
+
+impl DonorSource {
+    /// Receives a list from where `receiver` stands to its end.
+    async fn receive_list(
+        &self,
+        position: Position,
+        receiver: &mut ListReceiver,
+    ) -> Result<Totals, Failure> {
         let request = pb::ListFilesRequest {
             snapshot: self.snapshot.clone(),
             stage: position.stage.to_wire().into(),
             round: position.round,
-            start_number: 0,
+            start_number: receiver.next_number(),
         };
-        let mut client = self.client.clone();
+        let mut client = self.control.client().await?;
         let mut messages = call("ListFiles", OPEN_TIMEOUT, client.list_files(request)).await?;
         loop {
             let message = tokio::time::timeout(SILENCE_MAX, messages.message())
@@ -281,33 +363,29 @@ impl Source for DonorSource {
                     "ListFiles: the stream ended without its end",
                 ));
             };
-            for entry in message.entries {
-                receiver.push(&wire::entry(entry)?)?;
+            let entries = message.entries.into_iter().map(wire::entry);
+            let entries = entries.collect::<Result<Vec<_>, _>>()?;
+            check_sum("a list", message.entries_crc32c, || checksum::of_entries(&entries))?;
+            for entry in entries {
+                receiver.push(&entry)?;
             }
             if let Some(end) = message.end {
-                let totals: Totals = wire::totals(end.totals);
-                return receiver.finish(totals);
+                return Ok(wire::totals(end.totals));
             }
         }
     }
 
-    fn streams(&self, count: usize) -> Vec<StreamWork> {
-        let work =
-            || self.stream(|channel, read, context| Box::pin(copy_units(channel, read, context)));
-        std::iter::repeat_with(work).take(count).collect()
-    }
-
-    fn follower(&self) -> StreamWork {
-        self.stream(|channel, read, context| Box::pin(follow(channel, read, context)))
-    }
-
-    async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
+    async fn receive_advanced(
+        &self,
+        from: Position,
+        patience: &mut Patience<'_>,
+    ) -> Result<Advanced, Failure> {
         let request = pb::AdvanceStageRequest {
             snapshot: self.snapshot.clone(),
             stage: from.stage.to_wire().into(),
             round: from.round,
         };
-        let mut client = self.client.clone();
+        let mut client = self.control.client().await?;
         let mut steps = call("AdvanceStage", CALL_TIMEOUT, client.advance_stage(request)).await?;
         loop {
             let step = tokio::time::timeout(SILENCE_MAX, steps.message())
@@ -315,7 +393,7 @@ impl Source for DonorSource {
                 .map_err(|_| silent("AdvanceStage"))?
                 .map_err(|status| told("AdvanceStage", &status))?;
             match step.map(|step| step.step) {
-                Some(Some(pb::advance_stage_response::Step::Progress(_))) => {}
+                Some(Some(pb::advance_stage_response::Step::Progress(_))) => patience.progress(),
                 Some(Some(pb::advance_stage_response::Step::Advanced(advanced))) => {
                     return advanced_from_wire(advanced);
                 }
@@ -326,32 +404,18 @@ impl Source for DonorSource {
             }
         }
     }
-
-    async fn close(&self, outcome: pb::Outcome) {
-        self.renewal.abort();
-        let request =
-            pb::CloseSnapshotRequest { snapshot: self.snapshot.clone(), outcome: outcome.into() };
-        let mut client = self.client.clone();
-        if let Err(failure) =
-            call("CloseSnapshot", CALL_TIMEOUT, client.close_snapshot(request)).await
-        {
-            warn!(
-                snapshot = %self.snapshot,
-                error = %failure,
-                "snapshot was not closed; its lease ends it"
-            );
-        }
-    }
 }
 
-/// What a stream needs to make its own connection.
-struct StreamConnection {
+/// What it takes to make a further connection.
+#[derive(Debug, Clone)]
+struct Connector {
     options: ConnectOptions,
     snapshot: String,
+    /// Where further connections must log in.
     key: Option<Arc<login::CloneKey>>,
 }
 
-impl StreamConnection {
+impl Connector {
     async fn open(&self) -> Result<Channel, Failure> {
         let DonorConnection { channel, security, .. } = connect(&self.options).await?;
         if let Some(key) = &self.key {
@@ -364,22 +428,106 @@ impl StreamConnection {
     }
 }
 
+/// A stream's connection, made when it is needed.
+#[derive(Debug)]
+pub struct Link {
+    connector: Connector,
+    channel: Option<Channel>,
+}
+
+impl Link {
+    /// The connection.
+    pub async fn channel(&mut self) -> Result<&mut Channel, Failure> {
+        let channel = match self.channel.take() {
+            Some(channel) => channel,
+            None => self.connector.open().await?,
+        };
+        Ok(self.channel.insert(channel))
+    }
+
+    /// The next call goes over a new connection.
+    pub fn drop_connection(&mut self) {
+        self.channel = None;
+    }
+}
+
+/// The connection for all but data, made anew when it was lost.
+#[derive(Debug)]
+struct Control {
+    connector: Connector,
+    client: tokio::sync::Mutex<Option<Client>>,
+    progress: Arc<Progress>,
+    donor_timeout: Duration,
+}
+
+impl Control {
+    async fn client(&self) -> Result<Client, Failure> {
+        let mut held = self.client.lock().await;
+        if let Some(client) = held.as_ref() {
+            return Ok(client.clone());
+        }
+        let client = client_on(self.connector.open().await?);
+        *held = Some(client.clone());
+        Ok(client)
+    }
+
+    async fn drop_connection(&self) {
+        *self.client.lock().await = None;
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience::new(&self.progress.retries, self.donor_timeout)
+    }
+
+    /// Waits before the next try, on a new connection; fails when there is to be none.
+    async fn pause_after(
+        &self,
+        failure: Failure,
+        patience: &mut Patience<'_>,
+    ) -> Result<(), Failure> {
+        let pause = patience.after(failure)?;
+        self.drop_connection().await;
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+}
+
 fn silent(name: &str) -> Failure {
     let text = format!("{name}: the donor sent nothing for {} s", SILENCE_MAX.as_secs());
     Failure::new(Code::Unavailable, "STALLED", text).mysql(1159).from_donor()
 }
 
 fn advanced_from_wire(advanced: pb::Advanced) -> Result<Advanced, Failure> {
-    let root = advanced.root.map(|root| {
+    let root = advanced.root.clone().map(|root| {
         wire::attributes(root)
             .map_err(|why| Failure::peer_misbehaved(format!("the data directory {why}")))
     });
+    let root = root.transpose()?;
+    let sum = || checksum::of_advanced(&advanced, root.as_ref());
+    check_sum("a consistent point", advanced.crc32c, sum)?;
     Ok(Advanced {
         position: wire::position(advanced.stage, advanced.round)?,
         totals: wire::totals(advanced.totals),
         consistency_level: pbc::ConsistencyLevel::try_from(advanced.consistency_level)
             .unwrap_or(pbc::ConsistencyLevel::Unspecified),
         coordinates: advanced.coordinates,
-        root: root.transpose()?,
+        root,
     })
+}
+
+fn check_sum(what: &str, told: Option<u32>, sum: impl FnOnce() -> u32) -> Result<(), Failure> {
+    let Some(told) = told else { return Ok(()) };
+    let sum = sum();
+    if sum == told {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::DataLoss,
+        "MESSAGE_CORRUPT",
+        format!(
+            "{what} has CRC-32C {sum:08x}, the donor says {told:08x}: it was changed on its way; \
+             clone again, over TLS if it was not"
+        ),
+    )
+    .mysql(3863))
 }

@@ -13,7 +13,10 @@ use marcot_common::{failure::Failure, position::Position};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::{growing::GrowingFiles, plan::FetchPlan, progress::Progress, staging::Staging};
+use crate::{
+    gate::Gate, growing::GrowingFiles, plan::FetchPlan, progress::Progress, retry::Patience,
+    reuse::Reuse, staging::Staging,
+};
 
 /// Most bytes of a growing file that are read, and made durable, at a time.
 const FOLLOW_BYTES: u64 = 16 << 20;
@@ -36,8 +39,21 @@ pub struct FetchContext {
     pub growing: Arc<GrowingFiles>,
     /// Cancelled when all but growing files is copied.
     pub copied: CancellationToken,
+    /// An older copy whose equal blocks are used.
+    pub reuse: Option<Arc<Reuse>>,
+    /// Closed while the clone is paused.
+    pub gate: Arc<Gate>,
+    /// How long a donor that is gone is waited for.
+    pub donor_timeout: Duration,
     /// Stops all streams.
     pub stop: CancellationToken,
+}
+
+impl FetchContext {
+    /// The tries of one stream.
+    fn patience(&self) -> Patience<'_> {
+        Patience::new(&self.progress.retries, self.donor_timeout)
+    }
 }
 
 /// Work of one stream, on a thread of its own, until the plan has no more units.

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use self::status::CloneStatus;
 use crate::{
     fetch::{FetchContext, fetch, stopped},
+    gate::Gate,
     growing::GrowingFiles,
     install::{OwnDirectory, install},
     list::{FileList, ListReceiver, merge},
@@ -50,6 +51,8 @@ pub struct CloneJob {
     pub progress: Arc<Progress>,
     /// Files that grow on the donor.
     pub growing: Arc<GrowingFiles>,
+    /// Closed while the clone is paused.
+    pub gate: Arc<Gate>,
     /// Cancelled when the user cancels or the service stops.
     pub cancel: CancellationToken,
 }
@@ -115,9 +118,14 @@ impl CloneJob {
             let list = self.list(source, staging, position, prepared.entries_max).await?;
             self.status.set_estimate(position, list.totals(), false);
             let shaped = self.shape(staging, whole, list.clone()).await?;
-            self.copy(source, staging, &list, position).await?;
+            self.copy(prepared, staging, &list, position).await?;
             self.link(staging, list, shaped.clone()).await?;
             whole = Some(shaped);
+            self.until_cancelled(async {
+                self.gate.pass().await;
+                Ok(())
+            })
+            .await?;
             let advanced = self.until_cancelled(source.advance(position)).await?;
             if advanced.position <= position {
                 return Err(Failure::peer_misbehaved(format!(
@@ -186,20 +194,24 @@ impl CloneJob {
 
     async fn copy(
         &self,
-        source: &dyn Source,
+        prepared: &Prepared,
         staging: &Arc<Staging>,
         list: &FileList,
         position: Position,
     ) -> Result<(), Failure> {
         let context = FetchContext {
-            plan: FetchPlan::new(list, &self.growing, source.cut())?,
+            plan: FetchPlan::new(list, &self.growing, prepared.source.cut())?,
             staging: Arc::clone(staging),
             progress: Arc::clone(&self.progress),
             position,
             growing: Arc::clone(&self.growing),
             copied: CancellationToken::new(),
+            reuse: prepared.reuse.clone(),
+            gate: Arc::clone(&self.gate),
+            donor_timeout: self.settings.donor_timeout,
             stop: self.cancel.child_token(),
         };
+        let source = prepared.source.as_ref();
         let streams = source.streams(self.request.concurrency);
         let grows = !self.growing.growing().is_empty();
         let follower = grows.then(|| source.follower());

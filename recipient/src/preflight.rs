@@ -19,6 +19,7 @@ use crate::{
     donor_client::DonorSource,
     job::CloneJob,
     request::{CloneRequest, Owner, SourceRequest},
+    reuse::Reuse,
     settings::Settings,
     source::{LocalSource, Opened, Source, blocking},
     staging::Owners,
@@ -37,6 +38,8 @@ pub struct Prepared {
     pub opened: Opened,
     /// Who will own the files.
     pub owners: Owners,
+    /// An older copy whose equal blocks are used.
+    pub reuse: Option<Arc<Reuse>>,
     /// Most entries that the donor may list.
     pub entries_max: u64,
 }
@@ -143,7 +146,9 @@ pub async fn prepare(job: &CloneJob) -> Result<Prepared, Failure> {
     job.status.update(|clone| clone.left_out = opened.left_out.clone().into_iter().collect());
     let parent = job.request.target.parent().unwrap_or(Path::new("/"));
     let inodes = free_space(parent).ok().map(|free| free.inodes).filter(|&inodes| inodes > 0);
+    let reuse = job.request.reuse.as_deref().map(Reuse::open).transpose()?.map(Arc::new);
     Ok(Prepared {
+        reuse,
         owners: owners(&job.request, parent)?,
         entries_max: inodes.map_or(job.settings.entries_max, |n| n.min(job.settings.entries_max)),
         source,
@@ -178,6 +183,10 @@ pub async fn inspect(
             }
         }
     };
+    if let Some(reuse) = &request.reuse {
+        let usable = target::check_reuse(reuse, request, settings);
+        findings.add("reuse_directory", usable.map(|()| format!("{} is there", reuse.display())));
+    }
     let parent = request.target.parent().unwrap_or(Path::new("/"));
     match (&source, free_space(parent)) {
         (Some(source), Ok(free)) => {

@@ -15,7 +15,7 @@ use marcot_common::{
 };
 use tonic::Code;
 
-use crate::writer::Unfinished;
+use crate::{retry::Retries, writer::Unfinished};
 
 /// Most files that may be unfinished at the end of a round: held in memory, some 300 bytes each.
 const UNFINISHED_MAX: usize = 16 << 10;
@@ -55,10 +55,14 @@ pub struct Progress {
     pub verified_bytes: Counter,
     /// Files finished.
     pub files_copied: Counter,
+    /// Bytes that an older copy on this host has given.
+    pub reused_bytes: Counter,
     /// Bytes that were asked for again.
     pub resent_bytes: Counter,
     /// Streams at work.
     pub streams: Counter,
+    /// What was tried again.
+    pub retries: Retries,
     /// By path: what stands there in a later round may be another file.
     unfinished: Mutex<BTreeMap<RelativePath, Unfinished>>,
 }

@@ -31,6 +31,8 @@ pub struct CloneRequest {
     pub owner: Owner,
     /// Streams.
     pub concurrency: usize,
+    /// An older copy on this host whose equal blocks are used.
+    pub reuse: Option<PathBuf>,
     /// For the donor's engine.
     pub snapshot: SnapshotOptions,
     /// The caller's id.
@@ -220,6 +222,7 @@ impl CloneRequest {
             owner: owner(&options)?,
             concurrency: concurrency(&options, settings)?,
             snapshot: snapshot_options(&options)?,
+            reuse: reuse(&options, &source)?,
             request_id: options.request_id,
             source,
             target,
@@ -296,6 +299,24 @@ fn snapshot_options(options: &pb::CloneOptions) -> Result<SnapshotOptions, Failu
     Ok(SnapshotOptions { block_ddl: options.block_ddl, ddl_timeout })
 }
 
+fn reuse(options: &pb::CloneOptions, source: &SourceRequest) -> Result<Option<PathBuf>, Failure> {
+    if options.reuse_directory.is_empty() {
+        return Ok(None);
+    }
+    let bad = |why: &str| {
+        let shown = options.reuse_directory.escape_ascii();
+        Failure::invalid("BAD_REUSE_DIRECTORY", format!("reuse_directory `{shown}`: {why}"))
+    };
+    if matches!(source, SourceRequest::Local) {
+        return Err(bad("CLONE LOCAL copies by the file system; give none"));
+    }
+    let path = PathBuf::from(OsStr::from_bytes(&options.reuse_directory));
+    if path.is_relative() || options.reuse_directory.contains(&0) {
+        return Err(bad("an absolute path is needed"));
+    }
+    Ok(Some(path))
+}
+
 fn concurrency(options: &pb::CloneOptions, settings: &Settings) -> Result<usize, Failure> {
     let Some(asked) = options.limits.as_ref().and_then(|limits| limits.concurrency_max) else {
         return Ok(settings.concurrency);
@@ -319,9 +340,6 @@ fn refuse_later_options(options: &pb::CloneOptions) -> Result<(), Failure> {
     }
     if !options.expected_generation.is_empty() {
         return Err(Failure::unimplemented("expected_generation"));
-    }
-    if !options.reuse_directory.is_empty() {
-        return Err(Failure::unimplemented("reuse_directory"));
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! The recipient, put together: settings, clones, service, drain.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{
     access::Rule,
-    config::Loaded,
+    config::{Loaded, parse_duration},
     connect::ClientTls,
     connection::Privilege,
     login::server::NoKeys,
@@ -20,6 +20,7 @@ use crate::{
     api::Api,
     job::registry::Clones,
     metrics::RecipientMetrics,
+    retry::DONOR_TIMEOUT_MAX,
     settings::{self, CONCURRENCY_MAX},
 };
 
@@ -36,6 +37,8 @@ pub const ROLE: Role = Role {
         ("/marcot.recipient.v1.RecipientService/ListClones", Rule::Needs(Privilege::Monitor)),
         ("/marcot.recipient.v1.RecipientService/WatchClone", Rule::Needs(Privilege::Monitor)),
         ("/marcot.recipient.v1.RecipientService/CancelClone", Rule::Needs(Privilege::BackupAdmin)),
+        ("/marcot.recipient.v1.RecipientService/PauseClone", Rule::Needs(Privilege::BackupAdmin)),
+        ("/marcot.recipient.v1.RecipientService/ResumeClone", Rule::Needs(Privilege::BackupAdmin)),
         ("/marcot.recipient.v1.RecipientService/", Rule::LoggedIn),
     ],
 };
@@ -82,9 +85,22 @@ pub struct Settings {
     /// Most files and directories that a donor may list.
     #[arg(long, default_value_t = 50_000_000, env = "MARCOT_ENTRIES_MAX")]
     pub entries_max: u64,
+    /// How long a donor that is gone is waited for, and how long it keeps the snapshot meanwhile
+    /// (clone_donor_timeout_after_network_failure), 0 to 30 min; 0: a network error ends the clone.
+    #[arg(long, value_name = "DURATION", default_value = "5min", env = "MARCOT_DONOR_TIMEOUT",
+          value_parser = donor_timeout)]
+    pub donor_timeout: Duration,
     /// What both daemons have.
     #[command(flatten)]
     pub server: ServerOptions,
+}
+
+fn donor_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = parse_duration(text).map_err(|e| e.to_string())?;
+    if timeout > DONOR_TIMEOUT_MAX {
+        return Err(format!("{timeout:?} is more than {DONOR_TIMEOUT_MAX:?}"));
+    }
+    Ok(timeout)
 }
 
 /// Runs a recipient until it is told to end.
@@ -165,5 +181,6 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
             .max_concurrency
             .map_or_else(settings::default_concurrency, usize::from),
         entries_max: settings.entries_max,
+        donor_timeout: settings.donor_timeout,
     })
 }

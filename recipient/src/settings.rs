@@ -1,6 +1,6 @@
 //! What the operator has set, checked once at start.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::connect::ClientTls;
 use marcot_engine::EngineConfig;
@@ -27,6 +27,9 @@ pub struct Settings {
     pub concurrency: usize,
     /// Most entries that a donor may list.
     pub entries_max: u64,
+    /// How long a donor that is gone is waited for, and how long it keeps the snapshot meanwhile
+    /// (clone_donor_timeout_after_network_failure); zero: not at all.
+    pub donor_timeout: Duration,
 }
 
 impl Settings {

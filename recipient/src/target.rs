@@ -134,6 +134,37 @@ fn outside_data_directory(target: &Path, settings: &Settings) -> Result<(), Fail
     Ok(())
 }
 
+/// An older copy is read only where clones may be written, or in the server's own data directory: a
+/// caller cannot ask about other files of this host.
+pub fn check_reuse(
+    reuse: &Path,
+    request: &CloneRequest,
+    settings: &Settings,
+) -> Result<(), Failure> {
+    let refused = |why: String| {
+        let shown = reuse.display();
+        Failure::precondition("REUSE_DIRECTORY", format!("the copy to reuse, {shown}: {why}"))
+    };
+    let resolved = reuse.canonicalize().map_err(|e| refused(e.to_string()))?;
+    if !resolved.is_dir() {
+        return Err(refused("it is no directory".to_owned()));
+    }
+    let roots = settings.allow_directories.iter().chain(&settings.data_directory);
+    let mut roots = roots.filter_map(|root| root.canonicalize().ok());
+    if !roots.any(|root| resolved.starts_with(root)) {
+        return Err(refused(
+            "it lies neither below an allowed directory (--allow-directory) nor in the data \
+             directory"
+                .to_owned(),
+        ));
+    }
+    let target = resolve(&request.target);
+    if !request.replaces && (target.starts_with(&resolved) || resolved.starts_with(&target)) {
+        return Err(refused(format!("it and {} lie in one another", target.display())));
+    }
+    Ok(())
+}
+
 fn parent_is_writable(target: &Path) -> Result<(), Failure> {
     let parent = target.parent().unwrap_or(Path::new("/"));
     let failed = |why: String| {

@@ -14,6 +14,7 @@ use rustix::{fs::FallocateFlags, io::Errno};
 use crate::{
     plan::{Part, SEGMENT_BYTES, Unit},
     progress::Progress,
+    reuse::{Known, Reuse},
     staging::Staging,
 };
 
@@ -71,6 +72,8 @@ pub struct UnitWriter<'a> {
     dirty_bytes: u64,
     write_back_from: u64,
     unfinished: Vec<Unfinished>,
+    /// Of each part, what an older copy has given; empty without one.
+    known: Vec<Known>,
 }
 
 impl<'a> UnitWriter<'a> {
@@ -86,7 +89,33 @@ impl<'a> UnitWriter<'a> {
             dirty_bytes: 0,
             write_back_from: 0,
             unfinished: Vec::new(),
+            known: Vec::new(),
         }
+    }
+
+    /// Stages what an older copy has of the unit's files.
+    pub fn reuse(&mut self, reuse: &Reuse) -> Result<(), Failure> {
+        for part in &self.unit.parts {
+            // What a part patches is there already.
+            let known = if part.patches || part.length == 0 {
+                Known::default()
+            } else {
+                reuse.stage(part, &self.staging.open_file(&part.path, part.size)?)
+            };
+            self.known.push(known);
+        }
+        Ok(())
+    }
+
+    /// Digests of what is staged of the part of that index, from `offset` on.
+    #[must_use]
+    pub fn known(&self, index: usize, offset: u64) -> Bytes {
+        self.known.get(index).map(|known| known.from(offset)).unwrap_or_default()
+    }
+
+    /// Whether the present part is in a file that has content already.
+    fn patches(&self, part: &Part) -> bool {
+        part.patches || self.known.get(self.index).is_some_and(|known| !known.is_empty())
     }
 
     /// The part that is next, and the offset in its file; `None` when all are done.
@@ -231,9 +260,9 @@ impl ChunkSink for UnitWriter<'_> {
     /// A fresh file reads as zero there, an older one is made to.
     fn skip_hole(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
         let part = self.check(file_id, offset, length)?;
-        let staging = self.staging;
+        let (staging, patches) = (self.staging, self.patches(part));
         let file = self.open(part)?;
-        if part.patches {
+        if patches {
             punch_hole(file, offset, length).map_err(|e| {
                 let shown = staging.tree().join(part.path.as_path());
                 Failure::io("punch a hole in", &shown, &e)
@@ -245,14 +274,19 @@ impl ChunkSink for UnitWriter<'_> {
 
     fn keep(&mut self, file_id: u64, offset: u64, length: u64) -> Result<(), Failure> {
         let part = self.check(file_id, offset, length)?;
-        if !part.patches {
+        if !self.patches(part) {
             return Err(Failure::peer_misbehaved(format!(
                 "{} is copied for the first time, its bytes at {offset} are said to be unchanged",
                 part.path
             )));
         }
         self.open(part)?;
-        self.advance(part, length, 0)
+        if part.patches {
+            return self.advance(part, length, 0);
+        }
+        self.progress.reused_bytes.add(length);
+        // It was copied on this host, and is to be made durable as all else.
+        self.advance(part, length, length)
     }
 
     fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure> {

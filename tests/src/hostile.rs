@@ -222,7 +222,7 @@ impl DonorService for HostileDonor {
             ended = page.len() < 1000;
             let end =
                 ended.then(|| ListEnd { totals: Some(fixed.unwrap_or(totals)), growing: false });
-            Some(Ok(ListFilesResponse { entries: page, end }))
+            Some(Ok(ListFilesResponse { entries: page, end, entries_crc32c: None }))
         });
         Ok(Response::new(Box::pin(futures::stream::iter(messages))))
     }

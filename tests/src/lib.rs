@@ -20,6 +20,7 @@ pub use certificates::Certificates;
 pub use client::{clone_and_wait, clone_error, recipient};
 pub use pair::Pair;
 pub use process::{Donor, Recipient};
+pub use proxy::Proxy;
 
 use std::{
     path::PathBuf,

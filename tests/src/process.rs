@@ -37,6 +37,8 @@ impl Daemon {
             .args(["--listen", "127.0.0.1:0", "--log", "info"])
             .arg("--ready-file")
             .arg(&ready)
+            // Stories whose donor is gone for good end soon; those about waiting say how long.
+            .env("MARCOT_DONOR_TIMEOUT", "3s")
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a file can be shared"))
             .stderr(output)
@@ -157,13 +159,18 @@ impl Donor {
     /// A statement that clones it to `target`.
     #[must_use]
     pub fn statement(&self, target: &Path, clause: &str) -> String {
-        format!(
-            "CLONE INSTANCE FROM 'clone'@'127.0.0.1':{} IDENTIFIED BY 'secret' \
-             DATA DIRECTORY = '{}' {clause}",
-            self.port(),
-            target.display()
-        )
+        statement(self.port(), target, clause)
     }
+}
+
+/// A statement that clones what answers on a port of this host to `target`.
+#[must_use]
+pub fn statement(port: u16, target: &Path, clause: &str) -> String {
+    format!(
+        "CLONE INSTANCE FROM 'clone'@'127.0.0.1':{port} IDENTIFIED BY 'secret' \
+         DATA DIRECTORY = '{}' {clause}",
+        target.display()
+    )
 }
 
 /// A recipient.

@@ -1,5 +1,5 @@
 //! A TCP proxy on loopback that does to a connection what a network does: cuts, stalls, slowness,
-//! bits that flip. And it tells when a server has answered a statement: the one moment at which a
+//! flipped bits. And it tells when a server has answered a statement: the one moment at which a
 //! lock is held for certain and its holder does not know it yet.
 //!
 //! It has a thread of its own, so a test that waits does not hold it up. *Up* is from the client
@@ -69,7 +69,7 @@ struct Shared {
     rules: watch::Sender<Rules>,
     /// Bytes down until all connections are cut.
     allowance: Mutex<Option<u64>>,
-    /// Bytes down until one has a bit flipped.
+    /// Bytes down until a bit is flipped.
     flip: Mutex<Option<u64>>,
     /// What to do once the answer to a text has come.
     answered: Mutex<Option<Answered>>,
@@ -179,9 +179,15 @@ impl Proxy {
         *self.shared.allowance.lock().expect("no holder panics") = Some(bytes);
     }
 
-    /// Flips one bit of the byte that goes down after exactly so many more.
+    /// Flips a bit of the byte that comes after so many more bytes have gone down.
     pub fn flip_after(&self, bytes: u64) {
         *self.shared.flip.lock().expect("no holder panics") = Some(bytes);
+    }
+
+    /// Whether the bit is still to be flipped.
+    #[must_use]
+    pub fn flips(&self) -> bool {
+        self.shared.flip.lock().expect("no holder panics").is_some()
     }
 
     /// Runs `act` once, when the first answer comes after `text` has gone up on one connection; the
@@ -297,10 +303,10 @@ async fn forward(
         }
         shared.wait_for_turn(read as u64).await;
         shared.watch(&buffer[..read], direction, exchange);
-        if direction == Direction::Down {
-            shared.flip(&mut buffer[..read]);
-        }
         let (allowed, is_last) = shared.take_allowance(read, direction);
+        if direction == Direction::Down {
+            shared.flip_bit(&mut buffer[..allowed]);
+        }
         to.write_all(&buffer[..allowed]).await?;
         let count = match direction {
             Direction::Up => &shared.up_bytes,
@@ -328,6 +334,18 @@ impl Shared {
         tokio::time::sleep_until(turn).await;
     }
 
+    fn flip_bit(&self, bytes: &mut [u8]) {
+        let mut flip = self.flip.lock().expect("no holder panics");
+        let Some(after) = *flip else { return };
+        match bytes.get_mut(usize::try_from(after).unwrap_or(usize::MAX)) {
+            Some(byte) => {
+                *byte ^= 0x10;
+                *flip = None;
+            }
+            None => *flip = Some(after - bytes.len() as u64),
+        }
+    }
+
     /// Acts when this piece is the answer that is waited for.
     fn watch(&self, piece: &[u8], direction: Direction, exchange: &Exchange) {
         let mut answered = self.answered.lock().expect("no holder panics");
@@ -346,19 +364,6 @@ impl Shared {
                     (waiting.act)();
                 }
             }
-        }
-    }
-
-    /// Flips a bit when its byte is in this piece.
-    fn flip(&self, piece: &mut [u8]) {
-        let mut flip = self.flip.lock().expect("no holder panics");
-        let Some(left) = *flip else { return };
-        match usize::try_from(left).ok().and_then(|at| piece.get_mut(at)) {
-            Some(byte) => {
-                *byte ^= 1;
-                *flip = None;
-            }
-            None => *flip = Some(left - piece.len() as u64),
         }
     }
 

@@ -90,6 +90,10 @@ fn start(home: &Path, options: &[&str]) -> Donor {
     Donor::start(home, &data, options)
 }
 
+fn range(file_id: u64, offset: u64, length: u64) -> Range {
+    Range { file_id, offset, length, ..Range::default() }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_goes_on_from_any_number_and_a_call_ends_at_its_bound() {
     let home = new_directory();
@@ -105,7 +109,7 @@ async fn a_list_goes_on_from_any_number_and_a_call_ends_at_its_bound() {
     let file = all.iter().max_by_key(|e| e.allocated_bytes).unwrap();
     let (mut offset, mut calls) = (0, 0);
     while offset < file.size_bytes {
-        let range = Range { file_id: file.file_id, offset, length: file.size_bytes - offset };
+        let range = range(file.file_id, offset, file.size_bytes - offset);
         let request = ReadRangesRequest { bytes_max: 16 << 20, ..ranges(&snapshot, vec![range]) };
         let mut frames = client.read_ranges(request).await.unwrap().into_inner();
         let mut end = None;
@@ -212,10 +216,10 @@ async fn wrong_requests_are_typed_errors() {
     let donor = start(home.path(), &[]);
     let mut client = client(&donor).await;
     let snapshot = open(&mut client, "").await.unwrap().snapshot;
-    let one = |offset, length| vec![Range { file_id: 1, offset, length }];
+    let one = |offset, length| vec![range(1, offset, length)];
     for (name, request, reason) in [
         ("no ranges", ranges(&snapshot, vec![]), "BAD_RANGE"),
-        ("too many", ranges(&snapshot, one(0, 1).repeat(8193)), "BAD_RANGE"),
+        ("too many", ranges(&snapshot, vec![range(1, 0, 1); 8193]), "BAD_RANGE"),
         ("empty range", ranges(&snapshot, one(0, 0)), "BAD_RANGE"),
         ("overflow", ranges(&snapshot, one(u64::MAX, 2)), "BAD_RANGE"),
         ("unknown snapshot", ranges("snapshots/x", one(0, 1)), "UNKNOWN_SNAPSHOT"),
@@ -255,10 +259,7 @@ async fn wrong_requests_are_typed_errors() {
         assert_eq!(failure.reason, reason, "{name}");
     }
     // What is beyond a file, or no file, fails its range and not the call.
-    let mixed = vec![
-        Range { file_id: 999_999, offset: 0, length: 1 },
-        Range { file_id: 1, offset: 0, length: 1 },
-    ];
+    let mixed = vec![range(999_999, 0, 1), range(1, 0, 1)];
     let mut frames = client.read_ranges(ranges(&snapshot, mixed)).await.unwrap().into_inner();
     let mut kinds = Vec::new();
     while let Some(message) = frames.message().await.unwrap() {

@@ -175,8 +175,9 @@ fn one_bit_flips_in_the_byte_that_was_named_and_in_no_other() {
             all.extend(ask(&mut stream).expect("an answer"));
         }
         let mut expected = vec![b'x'; 3 * ANSWER_BYTES];
-        expected[usize::try_from(offset).expect("small")] ^= 1;
+        expected[usize::try_from(offset).expect("small")] ^= 0x10;
         assert_eq!(all, expected, "{offset}");
+        assert!(!proxy.flips());
         drop(stream);
         echo.end();
     }

@@ -89,6 +89,16 @@ pub(super) enum Command {
         /// Name or id.
         name: String,
     },
+    /// Pause a clone: its streams stop, its snapshot stays.
+    Pause {
+        /// Name or id.
+        name: String,
+    },
+    /// Go on with a paused clone.
+    Resume {
+        /// Name or id.
+        name: String,
+    },
     /// Manage an accounts file.
     Account {
         #[command(subcommand)]
@@ -209,6 +219,9 @@ pub(super) struct StartOptions {
     /// Streams, 1 to 128 [default: the recipient's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
     pub(super) concurrency: Option<u32>,
+    /// An older copy on the recipient's host: only what differs from it comes over the network.
+    #[arg(long, value_name = "DIR")]
+    pub(super) reuse: Option<PathBuf>,
     /// Block DDL on the donor's server for the whole clone (clone_block_ddl).
     #[arg(long)]
     pub(super) block_ddl: bool,

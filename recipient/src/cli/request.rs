@@ -103,6 +103,7 @@ impl StartOptions {
             owner: self.owner.clone().unwrap_or_default(),
             preserve_owners: self.preserve_owners,
             block_ddl: self.block_ddl,
+            reuse_directory: self.reuse.as_deref().map(path_bytes).unwrap_or_default(),
             ddl_timeout: self.ddl_timeout.map(duration_to_wire),
             limits: self.concurrency.map(|concurrency| CloneLimits {
                 concurrency_max: Some(concurrency),

@@ -7,6 +7,7 @@ use std::{collections::VecDeque, time::Duration};
 use bytes::{Buf as _, Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use marcot_common::{
+    checksum,
     chunk::{CHUNK_BYTES_MAX, EXTENTS_MAX, MESSAGE_BYTES_MAX},
     failure::Failure,
     position::Position,
@@ -399,6 +400,14 @@ pub fn check_chunk(
         Ok(pbc::Codec::Zstd) => decompress(&payload, header.raw_length as usize)?,
         _ => return Err(bad(format!("chunk has unknown codec {}", header.codec))),
     };
+    if let Some(told) = header.header_crc32c {
+        let sum = checksum::of_chunk_header(&header);
+        if sum != told {
+            return Err(bad(format!(
+                "chunk's header has CRC-32C {sum:08x}, the donor says {told:08x}"
+            )));
+        }
+    }
     let crc = pieces.iter().fold(0, |crc, piece| crc32c::crc32c_append(crc, piece));
     if crc != header.crc32c {
         let text = match header.extents.first() {

@@ -115,6 +115,7 @@ fn copy_part(
     let end = part.offset + part.length;
     let mut offset = part.offset;
     while offset < end {
+        context.gate.pass_blocking(&context.stop);
         if context.stop.is_cancelled() {
             return Err(stopped());
         }

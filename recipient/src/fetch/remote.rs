@@ -15,8 +15,11 @@ use super::{
     stopped,
 };
 use crate::{
+    donor_client::Link,
     growing::GrowingWriter,
     plan::Unit,
+    retry::Patience,
+    reuse::BLOCK_BYTES,
     writer::{ChunkSink, UnitWriter},
 };
 
@@ -30,6 +33,8 @@ pub struct ReadOptions {
     pub snapshot: String,
     /// zstd's level, if chunks may be compressed.
     pub compression_level: Option<i32>,
+    /// Whether the donor compares blocks with digests of what is here.
+    pub known_blocks: bool,
 }
 
 impl ReadOptions {
@@ -44,6 +49,7 @@ impl ReadOptions {
                 None => vec![pbc::Codec::None.into()],
             },
             compression_level: self.compression_level.unwrap_or(0),
+            known_block_bytes: if self.known_blocks { BLOCK_BYTES } else { 0 },
             ..pb::ReadRangesRequest::default()
         }
     }
@@ -51,22 +57,29 @@ impl ReadOptions {
 
 /// Reads files that grow until all else of the round is copied.
 pub async fn follow(
-    mut channel: Channel,
+    link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
 ) -> Result<(), Failure> {
+    let mut patience = context.patience();
     loop {
         let is_last = context.copied.is_cancelled();
         let mut bytes = 0;
         for file in context.growing.growing() {
             let (file_id, offset) = (file.file_id.0, file.durable);
             let length = FOLLOW_BYTES;
-            let request = options.request(context, vec![pb::Range { file_id, offset, length }]);
+            let request = options.request(context, vec![range(file_id, offset, length)]);
             let (staging, progress) = (&context.staging, &context.progress);
             let mut writer = GrowingWriter::open(staging, progress, file, length)?;
-            let call = read_call(&mut channel, &request, context, &mut writer);
-            context.stop.run_until_cancelled(call).await.unwrap_or_else(|| Err(stopped()))?;
-            bytes += writer.finish(&context.growing)?;
+            let read = read_call(link, &request, context, &mut writer).await;
+            let written = writer.finish(&context.growing)?;
+            if read.is_ok() || written > 0 {
+                patience.progress();
+            }
+            if let Err(failure) = read {
+                pause_after(failure, &mut patience, link, context).await?;
+            }
+            bytes += written;
         }
         if is_last {
             return Ok(());
@@ -83,71 +96,125 @@ pub async fn follow(
 
 /// Copies units until the plan has no more.
 pub async fn copy_units(
-    mut channel: Channel,
+    link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
 ) -> Result<(), Failure> {
     while let Some(unit) = context.plan.next()? {
-        let copied = context
-            .stop
-            .run_until_cancelled(copy_unit(&mut channel, options, context, &unit))
-            .await;
-        copied.unwrap_or_else(|| Err(stopped()))?;
+        copy_unit(link, options, context, &unit).await?;
     }
     Ok(())
 }
 
+/// What a call that was cut has written stays; the next one goes on after it.
 async fn copy_unit(
-    channel: &mut Channel,
+    link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
     unit: &Unit,
 ) -> Result<(), Failure> {
     let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
+    if let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) {
+        writer.reuse(reuse)?;
+    }
+    let mut patience = context.patience();
     let mut empty_calls = 0;
     while let Some((part, offset)) = writer.awaited()? {
-        let mut ranges = vec![pb::Range {
-            file_id: part.file_id.0,
-            offset,
-            length: part.offset + part.length - offset,
-        }];
-        ranges.extend(unit.parts[writer.index() + 1..].iter().filter(|part| part.length > 0).map(
-            |part| pb::Range { file_id: part.file_id.0, offset: part.offset, length: part.length },
-        ));
+        let first = writer.index();
+        let mut ranges = vec![range(part.file_id.0, offset, part.offset + part.length - offset)];
+        ranges[0].known_digests = writer.known(first, offset);
+        for (index, part) in unit.parts.iter().enumerate().skip(first + 1) {
+            if part.length > 0 {
+                let known_digests = writer.known(index, part.offset);
+                let range = range(part.file_id.0, part.offset, part.length);
+                ranges.push(pb::Range { known_digests, ..range });
+            }
+        }
         let request = options.request(context, ranges);
         let before = (writer.index(), offset);
-        read_call(channel, &request, context, &mut writer).await?;
+        let read = read_call(link, &request, context, &mut writer).await;
         let after = writer.awaited()?.map(|(_, offset)| offset);
         let moved = after.is_none_or(|offset| (writer.index(), offset) != before);
-        empty_calls = if moved { 0 } else { empty_calls + 1 };
-        if empty_calls >= EMPTY_CALLS_MAX {
-            return Err(Failure::peer_misbehaved(format!(
-                "{EMPTY_CALLS_MAX} ReadRanges calls in a row ended without a byte"
-            )));
+        if moved {
+            empty_calls = 0;
+            patience.progress();
+        }
+        match read {
+            Ok(()) if moved => {}
+            Ok(()) => {
+                empty_calls += 1;
+                if empty_calls >= EMPTY_CALLS_MAX {
+                    return Err(Failure::peer_misbehaved(format!(
+                        "{EMPTY_CALLS_MAX} ReadRanges calls in a row ended without a byte"
+                    )));
+                }
+            }
+            Err(failure) => pause_after(failure, &mut patience, link, context).await?,
         }
     }
     context.progress.note_unfinished(writer.finish()?)
 }
 
-/// One ReadRanges call, to its end frame and status.
+fn range(file_id: u64, offset: u64, length: u64) -> pb::Range {
+    pb::Range { file_id, offset, length, known_digests: Bytes::new() }
+}
+
+/// Waits before the next try, on a new connection; fails when there is to be none.
+async fn pause_after(
+    failure: Failure,
+    patience: &mut Patience<'_>,
+    link: &mut Link,
+    context: &FetchContext,
+) -> Result<(), Failure> {
+    let pause = patience.after(failure)?;
+    link.drop_connection();
+    let slept = context.stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+    slept.ok_or_else(stopped)
+}
+
+/// One ReadRanges call, until the clone is stopped.
 async fn read_call(
-    channel: &mut Channel,
+    link: &mut Link,
     request: &pb::ReadRangesRequest,
     context: &FetchContext,
     writer: &mut dyn ChunkSink,
 ) -> Result<(), Failure> {
-    let mut frames = FrameReader::new(call(channel, request).await?)?;
+    let read = async {
+        let channel = link.channel().await?;
+        let mut frames = FrameReader::new(call(channel, request).await?)?;
+        let read = read_frames(&mut frames, context, writer).await;
+        // What came of a chunk that was cut, or wrong, comes again.
+        let left = frames.take_network_bytes();
+        context.progress.network_bytes.add(left);
+        if read.is_err() {
+            context.progress.resent_bytes.add(left);
+        }
+        read
+    };
+    context.stop.run_until_cancelled(read).await.unwrap_or_else(|| Err(stopped()))
+}
+
+/// All frames of a call, to its end frame and status.
+async fn read_frames(
+    frames: &mut FrameReader,
+    context: &FetchContext,
+    writer: &mut dyn ChunkSink,
+) -> Result<(), Failure> {
     let mut end: Option<pb::ReadEnd> = None;
     let (mut raw_bytes, mut failed) = (0, 0);
-    while let Some(frame) = frames.next().await? {
-        context.progress.network_bytes.add(frames.take_network_bytes());
+    loop {
+        // A paused clone reads nothing: the donor waits, and nothing is sent twice.
+        context.gate.pass().await;
+        let Some(frame) = frames.next().await? else { break };
         if end.is_some() {
             return Err(Failure::peer_misbehaved("ReadRanges: a frame came after the end"));
         }
         match frame {
             ReadFrame::Chunk(header, payload) => {
                 let chunk = check_chunk(header, payload, context.position)?;
-                raw_bytes += write_chunk(chunk, writer)?;
+                let written = write_chunk(chunk, writer)?;
+                context.progress.verified_bytes.add(written);
+                raw_bytes += written;
             }
             ReadFrame::Failure(failure) => {
                 failed += 1;
@@ -155,6 +222,7 @@ async fn read_call(
             }
             ReadFrame::End(frame) => end = Some(frame),
         }
+        context.progress.network_bytes.add(frames.take_network_bytes());
     }
     let Some(end) = end else {
         return Err(Failure::peer_misbehaved("ReadRanges: the stream ended without its end frame"));
@@ -165,7 +233,6 @@ async fn read_call(
             end.raw_bytes
         )));
     }
-    context.progress.verified_bytes.add(raw_bytes);
     Ok(())
 }
 

@@ -175,6 +175,7 @@ impl Clones {
             settings: Arc::clone(&self.settings),
             status: Arc::new(CloneStatus::new(clone, Arc::clone(&progress))),
             growing: Arc::default(),
+            gate: Arc::default(),
             progress,
             cancel: CancellationToken::new(),
         }
@@ -291,6 +292,34 @@ impl Clones {
             "CLONE_ENDED",
             format!("{} has ended ({state}); there is nothing to cancel", clone.name),
         ))
+    }
+
+    /// Pauses a clone: nothing more is read, the snapshot stays. Idempotent.
+    pub fn pause(&self, name: &str) -> Result<pb::Clone, Failure> {
+        self.set_paused(name, true)
+    }
+
+    /// Goes on with a paused clone. Idempotent.
+    pub fn resume(&self, name: &str) -> Result<pb::Clone, Failure> {
+        self.set_paused(name, false)
+    }
+
+    fn set_paused(&self, name: &str, paused: bool) -> Result<pb::Clone, Failure> {
+        let job = running(&self.lock(), name).cloned();
+        let Some(job) = job else {
+            let clone = self.get(name)?;
+            let state = pb::State::try_from(clone.state).unwrap_or_default().as_str_name();
+            let verb = if paused { "pause" } else { "resume" };
+            return Err(Failure::precondition(
+                "CLONE_ENDED",
+                format!("{} has ended ({state}); there is nothing to {verb}", clone.name),
+            ));
+        };
+        if job.gate.set_open(!paused) {
+            job.status.set_paused(paused);
+            info!(clone = %job.id, paused, "clone paused or resumed");
+        }
+        Ok(job.status.clone_resource())
     }
 
     /// The clone that runs.

@@ -160,6 +160,16 @@ impl CloneStatus {
         });
     }
 
+    /// The user has paused the clone, or resumed it.
+    pub fn set_paused(&self, paused: bool) {
+        let state = if paused { pb::State::Paused } else { pb::State::InProgress };
+        self.update(|clone| {
+            if !is_final(clone.state) {
+                clone.state = state.into();
+            }
+        });
+    }
+
     /// Sets what the finished copy is consistent with.
     pub fn set_consistency(&self, advanced: &Advanced) {
         self.update(|clone| {
@@ -238,7 +248,10 @@ impl CloneStatus {
         let clone = &mut state.clone;
         clone.files_copied = progress.files_copied.get();
         clone.verified_bytes = progress.verified_bytes.get();
+        clone.reused_bytes = progress.reused_bytes.get();
         clone.resent_bytes = progress.resent_bytes.get();
+        clone.retries = u32::try_from(progress.retries.count.get()).unwrap_or(u32::MAX);
+        let (last_cause, waits) = progress.retries.told();
         clone.eta = None;
         clone.stall_reason.clear();
         let Some(row) =
@@ -256,9 +269,15 @@ impl CloneStatus {
             let left = row.estimate_bytes.saturating_sub(row.data_bytes);
             clone.eta = Some(duration_to_wire(Duration::from_secs(left.div_ceil(data_speed))));
         }
-        if copies && stalled >= STALL_AFTER {
+        let paused = clone.state == i32::from(pb::State::Paused);
+        if paused {
+            clone.stall_reason = "paused by the user".to_owned();
+        } else if waits {
+            clone.stall_reason = format!("waits for the donor: {last_cause}");
+        } else if copies && stalled >= STALL_AFTER {
             clone.stall_reason = format!("no byte for {} s", stalled.as_secs());
         }
+        clone.last_retry_cause = last_cause;
     }
 
     fn lock(&self) -> MutexGuard<'_, Tracked> {

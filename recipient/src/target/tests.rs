@@ -26,6 +26,7 @@ impl Home {
             engine: None,
             concurrency: 1,
             entries_max: 1,
+            donor_timeout: std::time::Duration::ZERO,
         };
         Self { directory, settings }
     }

@@ -1,21 +1,28 @@
 //! What goes wrong while a live server is cloned ends in a typed error, within a bound, and never
 //! harms the server.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use marcot_proto::{
     common::v1::Failure,
     recipient::v1::{
-        CancelCloneRequest, CloneInstanceRequest, CloneOptions, State,
+        CancelCloneRequest, CloneInstanceRequest, CloneOptions, CloneStatementRequest, State,
         recipient_service_client::RecipientServiceClient,
     },
 };
 use marcot_tests::{
+    Proxy,
     client::wait_for_end,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
-    recipient, wait_for,
+    process, recipient, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -234,4 +241,49 @@ async fn a_cancel_ends_a_live_clone_and_frees_its_snapshot() {
     assert!(!live.path("clone").exists());
     wait_for("the snapshot to go", || live.donor.0.log().contains("snapshot closed").then_some(()));
     live.clone_and_check("clone", load).await;
+}
+
+/// Guards resume of a live clone: connections are cut while files, redo and what was read under the
+/// locks are copied, and while the point is made. Whatever a cut call has written stays, T is
+/// answered again, and the copy is right.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_clone_whose_connections_are_cut_over_and_over_is_right() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    let proxy = Proxy::start(live.donor.0.address);
+    proxy.limit(Some(40 << 20));
+    let load = Load::start(
+        &live.server,
+        LoadOptions { ddl: true, writers: WRITERS, ..Default::default() },
+    );
+    load.wait_for_commits(200);
+    let before = load.moment();
+    let mut client = recipient(&live.recipient).await;
+    let statement = process::statement(proxy.port(), &live.path("clone"), "");
+    let request = CloneStatementRequest { statement, ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    wait_for("a snapshot", || live.donor.0.log().contains("snapshot opened").then_some(()));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let cutter = tokio::task::spawn_blocking({
+        let is_over = Arc::clone(&is_over);
+        move || {
+            let mut cuts = 0;
+            // Long enough for the cut of the server to be made between two of these.
+            while !is_over.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(400));
+                proxy.cut();
+                cuts += 1;
+            }
+            cuts
+        }
+    });
+    let clone = wait_for_end(&mut client, &name).await;
+    is_over.store(true, Ordering::Relaxed);
+    let cuts = cutter.await.expect("no panic");
+    assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
+    assert!(cuts >= 3 && clone.retries >= 3, "{cuts} cuts, {} retries", clone.retries);
+    let ended = load.moment();
+    load.wait_for_commits(50);
+    let report = load.stop();
+    live.check("clone", &clone, &before, &ended, &report);
 }

@@ -1,8 +1,10 @@
 //! One story for each kind of server and of change that the copy must carry.
 
-use marcot_proto::recipient::v1::State;
+use marcot_proto::recipient::v1::{CloneOptions, CloneStatementRequest, State};
 use marcot_tests::{
-    Recipient, clone_and_wait,
+    Recipient,
+    client::wait_for_end,
+    clone_and_wait,
     live::{Live, WRITERS},
     load::{Load, LoadOptions, RATE_MIN, STORM_KINDS},
     mariadb::Version,
@@ -371,4 +373,35 @@ async fn undo_and_log_that_change_their_size_arrive_in_10_11() {
 #[tokio::test(flavor = "multi_thread")]
 async fn undo_and_log_that_change_their_size_arrive_in_11_8() {
     undo_and_log_change_their_size(Version::V11_8).await;
+}
+
+/// Guards R7 on a live server: pages of an older copy are used where the donor's page, read after C,
+/// is the same, and never for its log.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_server_is_cloned_onto_an_older_copy() {
+    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    let mut client = recipient(&live.recipient).await;
+    let older = clone_and_wait(&mut client, &live.statement("older", false)).await;
+    assert_eq!(older.state(), State::Completed, "{older:?}");
+    // A server has run on it since.
+    live.start_clone("older").stop();
+    let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
+    load.wait_for_commits(500);
+    let before = load.moment();
+    let reuse_directory = live.path("older").display().to_string().into_bytes().into();
+    let request = CloneStatementRequest {
+        statement: live.statement("newer", false),
+        options: Some(CloneOptions { reuse_directory, ..Default::default() }),
+        ..Default::default()
+    };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    let clone = wait_for_end(&mut client, &name).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
+    let ended = load.moment();
+    load.wait_for_commits(50);
+    load.assert_kept_up(&clone);
+    let report = load.stop();
+    live.check("newer", &clone, &before, &ended, &report);
+    assert!(clone.reused_bytes > BYTES / 3, "{} bytes reused", clone.reused_bytes);
 }

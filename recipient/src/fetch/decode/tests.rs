@@ -27,6 +27,7 @@ fn chunk(payload: &[u8]) -> pb::Chunk {
             },
             pb::Extent { file_id: 301, offset: 0, length: 5, hole: true, unchanged: false },
         ],
+        header_crc32c: None,
         payload: Bytes::copy_from_slice(payload),
     }
 }

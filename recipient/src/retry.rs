@@ -1,0 +1,234 @@
+//! Which failures are tried again, how often, and after which pause.
+//!
+//! Invariants:
+//! * Progress resets everything: a clone that gets on, however slowly, never runs out of tries.
+//! * What the network does is tried for `donor_timeout`; what a peer sends wrong a few times, for a
+//!   flipped bit does not come twice and a broken peer always does.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use marcot_common::failure::Failure;
+use tonic::Code;
+
+use crate::progress::Counter;
+
+/// clone_donor_timeout_after_network_failure, as the plugin has it.
+pub const DONOR_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5 * 60);
+
+/// Its longest value, as the plugin has it.
+pub const DONOR_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 60);
+
+/// First pause; each later one is twice as long.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+
+/// Longest pause: a donor that is back is found within this.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Wrong bytes in a row, without a right one between, before the peer is taken for broken.
+const WRONG_MAX: u32 = 3;
+
+/// Retries of one clone, for its status.
+#[derive(Debug, Default)]
+pub struct Retries {
+    /// How many there were.
+    pub count: Counter,
+    state: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    last_cause: String,
+    /// Streams and calls that wait for the donor.
+    waiting: usize,
+}
+
+impl Retries {
+    /// Cause of the last one, and whether something waits for the donor now.
+    #[must_use]
+    pub fn told(&self) -> (String, bool) {
+        let state = self.lock();
+        (state.last_cause.clone(), state.waiting > 0)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a failure is to be met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The connection, or what lies between: try until the donor is given up.
+    Network,
+    /// Bytes that no right donor sends.
+    Wrong,
+    /// No other try ends better.
+    Final,
+}
+
+fn kind_of(failure: &Failure) -> Kind {
+    match failure.reason.as_ref() {
+        "PEER_UNREACHABLE" | "DONOR_UNREACHABLE" | "STALLED" | "DONOR_TIMEOUT" | "CANCELLED"
+        | "DEADLINE_EXCEEDED" | "PEER_ERROR" => Kind::Network,
+        // A handshake that was cut, not one that was refused.
+        "TLS_FAILED" if failure.code == Code::Unavailable => Kind::Network,
+        // A call that was cut may hold its place until the donor has noticed.
+        "READER_LIMIT" => Kind::Network,
+        "PEER_MISBEHAVED" | "CHUNK_CORRUPT" | "MESSAGE_CORRUPT" => Kind::Wrong,
+        // A message of either side that was changed on its way and could not be read.
+        reason if reason.starts_with("BAD_") => Kind::Wrong,
+        _ => Kind::Final,
+    }
+}
+
+/// The tries of one stream or call.
+#[derive(Debug)]
+pub struct Patience<'a> {
+    retries: &'a Retries,
+    limit: Duration,
+    since: Option<Instant>,
+    pause: Duration,
+    wrong: u32,
+}
+
+impl<'a> Patience<'a> {
+    /// Nothing has failed yet; a donor that is gone is waited for as long as `limit`.
+    #[must_use]
+    pub fn new(retries: &'a Retries, limit: Duration) -> Self {
+        Self { retries, limit, since: None, pause: PAUSE_MIN, wrong: 0 }
+    }
+
+    /// Something right has come.
+    pub fn progress(&mut self) {
+        if self.since.take().is_some() {
+            self.retries.lock().waiting -= 1;
+        }
+        self.pause = PAUSE_MIN;
+        self.wrong = 0;
+    }
+
+    /// The pause before the next try; the failure itself when there is to be none.
+    pub fn after(&mut self, failure: Failure) -> Result<Duration, Failure> {
+        let now = Instant::now();
+        let kind = kind_of(&failure);
+        if kind == Kind::Wrong {
+            self.wrong += 1;
+        }
+        let first = self.since.is_none();
+        let since = *self.since.get_or_insert(now);
+        if first {
+            self.retries.lock().waiting += 1;
+        }
+        let waited = now.saturating_duration_since(since);
+        let is_over = match kind {
+            Kind::Final => true,
+            Kind::Wrong => self.wrong >= WRONG_MAX || self.limit.is_zero(),
+            Kind::Network => waited + self.pause > self.limit,
+        };
+        if is_over {
+            return Err(match kind {
+                Kind::Network if !self.limit.is_zero() => given_up(failure, waited),
+                _ => failure,
+            });
+        }
+        tracing::warn!(error = %failure, pause = ?self.pause, "trying again");
+        self.retries.count.add(1);
+        self.retries.lock().last_cause = failure.message;
+        let pause = jittered(self.pause);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(pause)
+    }
+}
+
+impl Drop for Patience<'_> {
+    fn drop(&mut self) {
+        if self.since.is_some() {
+            self.retries.lock().waiting -= 1;
+        }
+    }
+}
+
+/// The last failure, which says how long the donor was waited for.
+fn given_up(failure: Failure, waited: Duration) -> Failure {
+    let message = format!(
+        "{}; the donor was waited for {} s (clone_donor_timeout_after_network_failure)",
+        failure.message,
+        waited.as_secs()
+    );
+    Failure { message, code: Code::Unavailable, ..failure }
+}
+
+/// Half of a pause and a random part of the other half: streams that were cut together do not come
+/// back together.
+fn jittered(pause: Duration) -> Duration {
+    let half = pause / 2;
+    let random = u64::from(uuid::Uuid::new_v4().as_fields().0);
+    half + half.mul_f64(f64::from(u32::try_from(random).unwrap_or(0)) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(reason: &'static str) -> Failure {
+        Failure::new(Code::Unavailable, reason, "why")
+    }
+
+    /// Guards the bound: without it a donor that is gone for good is waited for for ever.
+    #[test]
+    fn a_donor_that_stays_away_is_given_up_and_one_that_comes_back_is_not() {
+        let retries = Retries::default();
+        let limit = Duration::from_millis(1000);
+        let mut patience = Patience::new(&retries, limit);
+        patience.after(failure("PEER_UNREACHABLE")).unwrap();
+        assert!(retries.told().1);
+        patience.progress();
+        assert!(!retries.told().1);
+        let begun = Instant::now();
+        let last = loop {
+            match patience.after(failure("STALLED")) {
+                Ok(pause) => std::thread::sleep(pause),
+                Err(last) => break last,
+            }
+        };
+        assert!(begun.elapsed() <= limit, "{:?}", begun.elapsed());
+        assert!(last.message.starts_with("why; the donor was waited for 0 s"), "{last}");
+        assert_eq!(last.reason, "STALLED");
+        drop(patience);
+        assert!(!retries.told().1);
+        assert!(retries.count.get() >= 3);
+    }
+
+    #[test]
+    fn wrong_bytes_are_tried_again_twice_and_other_failures_never() {
+        let retries = Retries::default();
+        let mut patience = Patience::new(&retries, DONOR_TIMEOUT_DEFAULT);
+        for _ in 0..2 {
+            patience.after(failure("PEER_MISBEHAVED")).unwrap();
+        }
+        let last = patience.after(failure("PEER_MISBEHAVED")).unwrap_err();
+        assert_eq!((&*last.reason, &*last.message), ("PEER_MISBEHAVED", "why"));
+        patience.progress();
+        assert_eq!(patience.after(failure("DISK_FULL")).unwrap_err().reason, "DISK_FULL");
+        patience.progress();
+        patience.after(failure("CHUNK_CORRUPT")).unwrap();
+    }
+
+    #[test]
+    fn a_timeout_of_zero_tries_nothing_again() {
+        let retries = Retries::default();
+        let mut patience = Patience::new(&retries, Duration::ZERO);
+        let last = patience.after(failure("PEER_UNREACHABLE")).unwrap_err();
+        assert_eq!(last.message, "why");
+    }
+
+    #[test]
+    fn pauses_differ_and_stay_within_their_half() {
+        let pauses: Vec<_> = (0..50).map(|_| jittered(PAUSE_MAX)).collect();
+        assert!(pauses.iter().all(|pause| (PAUSE_MAX / 2..=PAUSE_MAX).contains(pause)));
+        assert!(pauses.windows(2).any(|two| two[0] != two[1]));
+    }
+}

@@ -1,0 +1,166 @@
+//! An older copy on the recipient's host: only what differs comes over the network.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt as _,
+};
+
+use marcot_proto::recipient::v1::{
+    Clone, CloneLocalRequest, CloneOptions, CloneStatementRequest, State,
+};
+use marcot_tests::{client::wait_for_end, clone_and_wait, process, tree};
+
+use crate::{DATA_BYTES, LARGE, LARGE_BYTES, Net};
+
+impl Net {
+    async fn clone_with_reuse(&mut self, target: &str, older: &str) -> Clone {
+        let statement = process::statement(self.proxy.port(), &self.path(target), "");
+        let reuse_directory = self.path(older).display().to_string().into_bytes().into();
+        let options = Some(CloneOptions { reuse_directory, ..Default::default() });
+        let request = CloneStatementRequest { statement, options, ..Default::default() };
+        let started = self.client.clone_statement(request).await.unwrap().into_inner();
+        wait_for_end(&mut self.client, &started.clone.unwrap().name).await
+    }
+}
+
+/// Changes one byte in each of every hundredth page of the large files; returns the pages' bytes.
+fn change_pages(net: &Net, keeps_times: bool) -> u64 {
+    let mut changed = 0;
+    for n in 0..LARGE {
+        let path = net.path("data").join(format!("large{n}"));
+        let before = fs::metadata(&path).unwrap();
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        for page in (0..LARGE_BYTES / 16384).filter(|page| page % 100 == 7 * n) {
+            let at = (page * 16384 + 5000) as u64;
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[!byte[0]], at).unwrap();
+            changed += 16384;
+        }
+        if keeps_times {
+            file.set_modified(before.modified().unwrap()).unwrap();
+        }
+    }
+    changed
+}
+
+/// Guards the comparison of blocks: bytes that changed under an unchanged size and mtime come over,
+/// all others do not. Without digests in the request all bytes come.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_blocks_that_differ_come_over_the_network() {
+    let mut net = Net::start(&[]).await;
+    let name = net.begin("older").await;
+    assert_eq!(wait_for_end(&mut net.client, &name).await.state(), State::Completed);
+    for keeps_times in [false, true] {
+        let changed = change_pages(&net, keeps_times);
+        let before = net.proxy.counts();
+        let clone = net.clone_with_reuse("newer", "older").await;
+        assert_eq!(clone.state(), State::Completed, "{clone:?}");
+        tree::assert_identical(&net.path("data"), &net.path("newer"));
+        let after = net.proxy.counts();
+        let passed = after.down_bytes - before.down_bytes + after.up_bytes - before.up_bytes;
+        // Of each round: all that was changed so far, digests, and some for list and log-in.
+        let differs = if keeps_times { 2 * changed } else { changed };
+        let most = differs * 13 / 10 + DATA_BYTES / 500 + (128 << 10);
+        assert!(passed <= most, "{passed} bytes passed, {most} at most ({differs} differ)");
+        assert!(clone.reused_bytes > DATA_BYTES - 2 * differs, "{clone:?}");
+        fs::remove_dir_all(net.path("newer")).unwrap();
+    }
+}
+
+/// Guards R7: an older copy is not trusted. Files that are shorter, longer, of other bytes, cut,
+/// full of holes, or no files at all: the copy is what the donor has, and the older one stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_any_kind_makes_a_right_clone() {
+    let mut net = Net::start(&[]).await;
+    let older = net.path("older");
+    fs::create_dir_all(older.join("small")).unwrap();
+    let data = net.path("data");
+    let large = fs::read(data.join("large0")).unwrap();
+    // Shorter, not at a block's end; then longer; then another one's bytes.
+    fs::write(older.join("large0"), &large[..LARGE_BYTES / 2 + 77]).unwrap();
+    fs::write(older.join("large1"), [&large[..], &[1; 5000]].concat()).unwrap();
+    fs::write(older.join("small/9"), b"short").unwrap();
+    fs::create_dir(older.join("small/100")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", older.join("small/101")).unwrap();
+    // What is a hole here is data there, and the reverse.
+    File::create(older.join("large2")).unwrap().set_len(LARGE_BYTES as u64).unwrap();
+    let sparse = File::create(data.join("sparse")).unwrap();
+    sparse.set_len(8 << 20).unwrap();
+    sparse.write_all_at(&[9; 40_000], 1 << 20).unwrap();
+    fs::write(older.join("sparse"), vec![3; 9 << 20]).unwrap();
+    fs::write(older.join("not-there-any-more"), b"x").unwrap();
+    let kept: Vec<(String, u64)> = listing(&older);
+    let clone = net.clone_with_reuse("newer", "older").await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    tree::assert_identical(&data, &net.path("newer"));
+    assert_eq!(listing(&older), kept);
+    assert!(clone.reused_bytes >= LARGE_BYTES as u64 / 2, "{}", clone.reused_bytes);
+}
+
+fn listing(directory: &std::path::Path) -> Vec<(String, u64)> {
+    let entries = fs::read_dir(directory).unwrap().map(Result::unwrap);
+    let mut all: Vec<_> = entries
+        .map(|e| (e.file_name().into_string().unwrap(), e.metadata().unwrap().len()))
+        .collect();
+    all.sort();
+    all
+}
+
+/// Guards the writer's place among digests: a call that goes on within a file asks with those of
+/// what is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_whose_connections_are_cut_is_right() {
+    let mut net = Net::start(&[]).await;
+    let name = net.begin("older").await;
+    assert_eq!(wait_for_end(&mut net.client, &name).await.state(), State::Completed);
+    change_pages(&net, true);
+    for n in 0..LARGE {
+        // Enough to be cut within.
+        let path = net.path("data").join(format!("large{n}"));
+        let file = File::options().write(true).open(path).unwrap();
+        file.write_all_at(&vec![n as u8; 4 << 20], 3 << 20).unwrap();
+    }
+    for n in 1..20 {
+        net.proxy.cut_after(n * 600_000);
+        let target = format!("newer{n}");
+        let clone = net.clone_with_reuse(&target, "older").await;
+        assert_eq!(clone.state(), State::Completed, "{clone:?}");
+        tree::assert_identical(&net.path("data"), &net.path(&target));
+        fs::remove_dir_all(net.path(&target)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_may_not_be_reused_is_refused_by_name() {
+    let mut net = Net::start(&[]).await;
+    for (older, reason) in [("/etc", "REUSE_DIRECTORY"), ("etc", "BAD_REUSE_DIRECTORY")] {
+        let statement = process::statement(net.proxy.port(), &net.path("copy"), "");
+        let reuse_directory = older.as_bytes().to_vec().into();
+        let options = Some(CloneOptions { reuse_directory, ..Default::default() });
+        let request = CloneStatementRequest { statement, options, ..Default::default() };
+        let found = match net.client.clone_statement(request).await {
+            Err(status) => {
+                marcot_common::failure::Failure::from_status(&status).reason.into_owned()
+            }
+            Ok(started) => {
+                let name = started.into_inner().clone.unwrap().name;
+                wait_for_end(&mut net.client, &name).await.error.unwrap().reason
+            }
+        };
+        assert_eq!(found, reason, "{older}");
+    }
+    let request = CloneLocalRequest {
+        data_directory: net.path("local").display().to_string().into_bytes().into(),
+        options: Some(CloneOptions {
+            reuse_directory: net.path("data").display().to_string().into_bytes().into(),
+            ..Default::default()
+        }),
+    };
+    let refused = net.client.clone_local(request).await.unwrap_err();
+    let reason = marcot_common::failure::Failure::from_status(&refused).reason;
+    assert_eq!(reason, "BAD_REUSE_DIRECTORY");
+    // All is well without it.
+    let statement = process::statement(net.proxy.port(), &net.path("copy"), "");
+    assert_eq!(clone_and_wait(&mut net.client, &statement).await.state(), State::Completed);
+}
