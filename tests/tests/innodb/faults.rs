@@ -267,10 +267,11 @@ async fn a_live_clone_whose_connections_are_cut_over_and_over_is_right() {
     let cutter = tokio::task::spawn_blocking({
         let is_over = Arc::clone(&is_over);
         move || {
-            let mut cuts = 0;
-            // Long enough for the cut of the server to be made between two of these.
+            let mut cuts = 0_u64;
+            // Each pause is longer than the last, so that the cut of the server can be made in one of
+            // them, however slow the machine is.
             while !is_over.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(400));
+                std::thread::sleep(Duration::from_millis(300 + 100 * cuts));
                 proxy.cut();
                 cuts += 1;
             }

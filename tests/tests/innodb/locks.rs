@@ -98,7 +98,10 @@ async fn a_donor_frozen_while_ddl_is_blocked_blocks_it_for_seconds_and_commits_n
     assert!(outcome.ddl > Duration::from_secs(5), "no lock was held: {:?}", outcome.ddl);
     assert!(outcome.ddl < DDL_BLOCKED_MAX, "DDL waited for {:?}", outcome.ddl);
     assert!(outcome.commits < Duration::from_secs(2), "commits waited: {:?}", outcome.commits);
-    assert!(outcome.reason.is_none_or(|reason| reason == "DATABASE_LOST"));
+    // A small log may have come round while nobody followed it.
+    let reasons = ["DATABASE_LOST", "REDO_OVERRUN"];
+    let reason = outcome.reason.as_deref();
+    assert!(reason.is_none_or(|reason| reasons.contains(&reason)), "{reason:?}");
 }
 
 /// Guards that nothing but the holder's own connection holds a lock.
