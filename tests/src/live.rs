@@ -8,7 +8,9 @@ use crate::{
     invariants::{check_copy, ledger_in_binlog, prepare},
     load::{Load, Moment, Report, check_prepared},
     mariadb::{self, MariaDb, Options, Version},
-    new_directory, recipient, wait_for,
+    new_directory,
+    proxy::Proxy,
+    recipient, wait_for,
 };
 use marcot_proto::recipient::v1::{Clone, CloneStatementRequest, State};
 
@@ -78,6 +80,31 @@ impl Live {
     #[must_use]
     pub fn start_clone(&self, name: &str) -> MariaDb {
         MariaDb::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
+    }
+
+    /// Starts the recipient again, after it was killed.
+    pub fn restart_recipient(&mut self) {
+        self.recipient = Recipient::start(self.home.path(), &[]);
+    }
+
+    /// Starts the donor again, after it was killed.
+    pub fn restart_donor(&mut self) {
+        self.donor = donor(self.home.path(), &self.path("data"), &self.server);
+    }
+
+    /// Puts a proxy between donor and server.
+    #[must_use]
+    pub fn proxy_database(&mut self) -> Proxy {
+        let port = self.server.port.expect("a primary has a port");
+        let proxy = Proxy::start(([127, 0, 0, 1], port).into());
+        self.donor = donor_by_port(self.home.path(), &self.path("data"), proxy.port());
+        proxy
+    }
+
+    /// Connections of the donor that the server has.
+    #[must_use]
+    pub fn donor_connections(&self) -> String {
+        self.server.query("SELECT id, info FROM information_schema.processlist WHERE user='marcot'")
     }
 
     /// The statement that clones to a directory, locally or from the donor.
@@ -179,13 +206,17 @@ impl Live {
 
 /// Options of engine innodb for a server.
 fn engine_options(home: &Path, server: &MariaDb) -> Vec<String> {
+    let socket = server.socket().display().to_string();
+    options_by(home, ["--database-socket", &socket])
+}
+
+fn options_by(home: &Path, reached: [&str; 2]) -> Vec<String> {
     let password = home.join("password");
     std::fs::write(&password, "secret\n").expect("a writable home");
-    let (socket, password) =
-        (server.socket().display().to_string(), password.display().to_string());
+    let password = password.display().to_string();
     let options = [
         ["--engine", "innodb"],
-        ["--database-socket", &socket],
+        reached,
         ["--database-user", "marcot"],
         ["--database-password-file", &password],
     ];
@@ -201,7 +232,17 @@ pub fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
 /// As `donor`, with more options.
 #[must_use]
 pub fn donor_with(home: &Path, data: &Path, server: &MariaDb, more: &[&str]) -> Donor {
-    let options = engine_options(home, server);
+    start_donor(home, data, &engine_options(home, server), more)
+}
+
+/// As `donor`, for a server that is reached by a TCP port of loopback: a proxy's.
+#[must_use]
+pub fn donor_by_port(home: &Path, data: &Path, port: u16) -> Donor {
+    let url = format!("mysql://127.0.0.1:{port}");
+    start_donor(home, data, &options_by(home, ["--database-url", &url]), &[])
+}
+
+fn start_donor(home: &Path, data: &Path, options: &[String], more: &[&str]) -> Donor {
     let borrowed: Vec<&str> =
         options.iter().map(String::as_str).chain(more.iter().copied()).collect();
     Donor::start(home, data, &borrowed)

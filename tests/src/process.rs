@@ -108,10 +108,10 @@ impl Daemon {
         Blow::Thaw.strike(self.pid());
     }
 
-    /// Strikes it when `text` appears in its log.
+    /// Strikes a process when `text` appears in this one's log.
     #[must_use]
-    pub fn strike_at_line(&self, text: &str, blow: Blow) -> Killer {
-        Killer::at_line(&self.log, text, self.pid(), blow)
+    pub fn strike_at_line(&self, text: &str, pid: u32, blow: Blow) -> Killer {
+        Killer::at_line(&self.log, text, pid, blow)
     }
 
     /// Asks it to end, and waits for its exit code.

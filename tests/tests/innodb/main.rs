@@ -1,7 +1,10 @@
 //! Clones of live MariaDB servers under a write load: the clone starts by the stock server's crash
 //! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
 
+mod cancels;
 mod faults;
+mod kills;
+mod locks;
 mod matrix;
 mod refusals;
 mod replicas;
