@@ -11,6 +11,7 @@ pub mod connection;
 pub mod durable;
 pub mod entry;
 pub mod failure;
+pub mod file_lock;
 pub mod host;
 pub mod listener;
 pub mod login;

@@ -289,6 +289,7 @@ fn exit_code(name: &str, result: Result<(), Problem>) -> ExitCode {
             }
             ExitCode::from(2)
         }
+        Err(Problem::Exit(code)) => ExitCode::from(code),
         Err(Problem::Running(problem)) => {
             eprintln!("{name}: {problem}");
             ExitCode::FAILURE
@@ -303,6 +304,8 @@ pub enum Problem {
     Settings(Vec<String>),
     /// Anything later.
     Running(String),
+    /// The exit code of what the daemon has run.
+    Exit(u8),
 }
 
 impl From<String> for Problem {

@@ -14,10 +14,11 @@ use tonic::{Request, Response, Status};
 use crate::{
     job::{
         registry::{Clones, Origin},
-        status::is_final,
+        status,
     },
     preflight,
     request::CloneRequest,
+    source::blocking,
 };
 
 /// Clones in a page unless asked otherwise, and at the most.
@@ -52,6 +53,10 @@ impl Api {
             user: access::caller(request).user.unwrap_or_default(),
             trace_id: telemetry::propagation::current_trace_id().unwrap_or_default(),
         };
+        // Before the checks: what the request has made stands in its own way.
+        if let Some(known) = self.clones.known(&checked)? {
+            return Ok(Some(known));
+        }
         crate::target::check_first(&checked, self.clones.settings())?;
         Ok(Some(self.clones.start(checked, origin)?))
     }
@@ -232,16 +237,45 @@ impl RecipientService for Api {
 
     async fn rollback_clone(
         &self,
-        _: Request<pb::RollbackCloneRequest>,
+        request: Request<pb::RollbackCloneRequest>,
     ) -> Result<Response<pb::RollbackCloneResponse>, Status> {
-        Err(Failure::unimplemented("RollbackClone").into())
+        let request = request.into_inner();
+        let clone = self.clones.roll_back(&request.name, request.discard_writes).await?;
+        Ok(Response::new(pb::RollbackCloneResponse { clone: Some(clone) }))
     }
 
     async fn accept_clone(
         &self,
-        _: Request<pb::AcceptCloneRequest>,
+        request: Request<pb::AcceptCloneRequest>,
     ) -> Result<Response<pb::AcceptCloneResponse>, Status> {
-        Err(Failure::unimplemented("AcceptClone").into())
+        let clone = self.clones.accept(&request.into_inner().name).await?;
+        Ok(Response::new(pb::AcceptCloneResponse { clone: Some(clone) }))
+    }
+
+    async fn install_clone(
+        &self,
+        request: Request<pb::InstallCloneRequest>,
+    ) -> Result<Response<pb::InstallCloneResponse>, Status> {
+        let clone = self.clones.install(&request.into_inner().name).await?;
+        Ok(Response::new(pb::InstallCloneResponse { clone: Some(clone) }))
+    }
+
+    async fn list_leftovers(
+        &self,
+        _: Request<pb::ListLeftoversRequest>,
+    ) -> Result<Response<pb::ListLeftoversResponse>, Status> {
+        let clones = Arc::clone(&self.clones);
+        let leftovers = blocking(move || Ok(clones.leftovers())).await?;
+        Ok(Response::new(pb::ListLeftoversResponse { leftovers }))
+    }
+
+    async fn delete_leftover(
+        &self,
+        request: Request<pb::DeleteLeftoverRequest>,
+    ) -> Result<Response<pb::DeleteLeftoverResponse>, Status> {
+        let (clones, name) = (Arc::clone(&self.clones), request.into_inner().name);
+        blocking(move || clones.remove_leftover(&name)).await?;
+        Ok(Response::new(pb::DeleteLeftoverResponse {}))
     }
 
     async fn verify_clone(
@@ -261,9 +295,10 @@ async fn watch(
     sender: mpsc::Sender<Result<pb::WatchCloneResponse, Status>>,
 ) {
     let mut known = resume_token;
+    let mut is_over = false;
     loop {
         let token = token_of(&clone);
-        let last = is_final(clone.state);
+        let last = status::is_over(clone.state) || is_over;
         if token != known || last {
             let message =
                 pb::WatchCloneResponse { clone: Some(clone), resume_token: token.clone() };
@@ -281,8 +316,9 @@ async fn watch(
                 () = &mut pause => break,
                 () = sender.closed() => return,
                 changed = changes.changed() => {
-                    let ended = is_final(changes.borrow_and_update().state);
-                    if changed.is_err() || ended {
+                    // Its clone runs no more: what it says now, it says for good.
+                    is_over = changed.is_err();
+                    if is_over || status::is_over(changes.borrow_and_update().state) {
                         break;
                     }
                 }

@@ -19,8 +19,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use marcot_common::failure::Failure;
 use marcot_proto::recipient::v1::{
-    CancelCloneRequest, Clone, GetCloneRequest, ListClonesRequest, PauseCloneRequest,
-    ResumeCloneRequest, ValidateCloneRequest,
+    AcceptCloneRequest, CancelCloneRequest, Clone, DeleteLeftoverRequest, GetCloneRequest,
+    InstallCloneRequest, ListClonesRequest, ListLeftoversRequest, PauseCloneRequest,
+    ResumeCloneRequest, RollbackCloneRequest, ValidateCloneRequest,
 };
 
 use self::{
@@ -106,6 +107,29 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             output.clone(&answer.into_inner().clone.unwrap_or_default());
             Ok(End::Done)
         }
+        Command::Install { name } => {
+            let mut client = Client::connect(arguments).await?;
+            let request = InstallCloneRequest { name: clone_name(name) };
+            let answer = client.api().install_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
+        }
+        Command::Accept { name } => {
+            let mut client = Client::connect(arguments).await?;
+            let request = AcceptCloneRequest { name: clone_name(name) };
+            let answer = client.api().accept_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
+        }
+        Command::Rollback { name, discard_writes } => {
+            let mut client = Client::connect(arguments).await?;
+            let request =
+                RollbackCloneRequest { name: clone_name(name), discard_writes: *discard_writes };
+            let answer = client.api().rollback_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
+        }
+        Command::Prune { remove, all } => prune(arguments, remove, *all, output).await,
         Command::Account { what } => account::run(what, output).map(|()| End::Done),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -190,6 +214,34 @@ async fn validate(
     let answer = client.api().validate_clone(request).await.map_err(failed)?.into_inner();
     output.findings(&answer);
     Ok(if answer.valid { End::Done } else { End::Failed })
+}
+
+/// Lists leftovers, after some have been removed if so asked.
+async fn prune(
+    arguments: &Arguments,
+    remove: &[String],
+    all: bool,
+    output: Output,
+) -> Result<End, Failure> {
+    let mut client = Client::connect(arguments).await?;
+    let list = ListLeftoversRequest {};
+    let present = client.api().list_leftovers(list).await.map_err(failed)?.into_inner().leftovers;
+    let names: Vec<String> = match all {
+        true => present.iter().filter(|l| l.removable).map(|l| l.name.clone()).collect(),
+        false => remove.iter().map(|name| leftover_name(name)).collect(),
+    };
+    for name in &names {
+        let request = DeleteLeftoverRequest { name: name.clone() };
+        client.api().delete_leftover(request).await.map_err(failed)?;
+        eprintln!("marcot: removed {name}");
+    }
+    let left = client.api().list_leftovers(list).await.map_err(failed)?.into_inner().leftovers;
+    output.leftovers(&left);
+    Ok(End::Done)
+}
+
+fn leftover_name(name: &str) -> String {
+    if name.starts_with("leftovers/") { name.to_owned() } else { format!("leftovers/{name}") }
 }
 
 /// A clone's name may be given with its collection or without.

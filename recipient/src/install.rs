@@ -1,70 +1,17 @@
-//! A verified tree becomes the target by one rename.
+//! A verified tree becomes a data directory.
+//!
+//! Where nothing stands yet it takes one rename (`fresh`). Where a server's data stands, the steps
+//! of `step` are gone through, each durable in a journal before the next (`replacement`); the old
+//! tree is kept until the new one is accepted. After a crash `reconcile` says what becomes of an
+//! install, and `installer` does what needs the server.
 
-use std::{fs::File, io, path::Path};
-
-use marcot_common::failure::Failure;
-use rustix::{
-    fs::{CWD, RenameFlags},
-    io::Errno,
-};
-
-use crate::{staging::Staging, verify::VerifiedTree};
-
-/// Whether the target is the recipient server's own data directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OwnDirectory {
-    /// It is, and is empty or not there.
-    Yes,
-    /// It is a new one.
-    No,
-}
-
-/// Gives the tree its place. Until the rename there is no target, after it all of it.
-///
-/// A server's own data directory may stand there empty; it makes way.
-pub fn install(
-    staging: &Staging,
-    _: &VerifiedTree,
-    target: &Path,
-    own: OwnDirectory,
-) -> Result<(), Failure> {
-    let tree = staging.tree();
-    if own == OwnDirectory::Yes {
-        match rustix::fs::rmdir(target) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(Errno::EXIST | Errno::NOTEMPTY) => return Err(exists(target)),
-            Err(e) => return Err(Failure::io("make way at", target, &e.into())),
-        }
-    }
-    match rustix::fs::renameat_with(CWD, &tree, CWD, target, RenameFlags::NOREPLACE) {
-        Ok(()) => {}
-        // Not every file system knows the flag (NFS, some FUSE). A target that another process
-        // has made meanwhile is then found by name; an empty directory is all that could be lost.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            if target.symlink_metadata().is_ok() {
-                return Err(exists(target));
-            }
-            rustix::fs::rename(&tree, target)
-                .map_err(|e| Failure::io("rename the staged tree to", target, &e.into()))?;
-        }
-        Err(Errno::EXIST | Errno::NOTEMPTY) => return Err(exists(target)),
-        Err(e) => return Err(Failure::io("rename the staged tree to", target, &e.into())),
-    }
-    let parent = target.parent().unwrap_or(Path::new("/"));
-    // Without this a power cut could take the new name back.
-    sync_directory(parent).map_err(|e| Failure::io("sync directory", parent, &e))
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
-}
-
-fn exists(target: &Path) -> Failure {
-    let shown = target.display();
-    Failure::new(
-        tonic::Code::AlreadyExists,
-        "TARGET_EXISTS",
-        format!("{shown} has appeared while its clone was made; move it away and clone again"),
-    )
-    .mysql(1007)
-}
+pub mod fresh;
+pub mod generation;
+pub mod identity;
+pub mod installer;
+pub mod locks;
+pub mod place;
+pub mod reconcile;
+pub mod replacement;
+pub mod step;
+mod trees;

@@ -6,7 +6,7 @@ pub mod status;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -25,7 +25,14 @@ use crate::{
     fetch::{FetchContext, fetch, stopped},
     gate::Gate,
     growing::GrowingFiles,
-    install::{OwnDirectory, install},
+    install::{
+        fresh::{OwnDirectory, install},
+        installer::Installer,
+        locks::server_on,
+        place::{Form, Place},
+        replacement::{Replacement, make_inner, remove_inner},
+        step::Step,
+    },
     list::{FileList, ListReceiver, merge},
     plan::FetchPlan,
     preflight::{self, Prepared},
@@ -33,6 +40,7 @@ use crate::{
     request::CloneRequest,
     retry::Patience,
     reuse::Reuse,
+    server_control::ServerControl,
     settings::Settings,
     source::{Source, blocking},
     staging::{STAGING_PREFIX, Staging},
@@ -45,17 +53,20 @@ const ROUNDS_MAX: u32 = 64;
 /// Most snapshots that one clone may lose: a donor that is restarted more often is being worked on.
 const SNAPSHOTS_LOST_MAX: u32 = 3;
 
-/// Where a clone's bytes are staged.
+/// Where a clone's bytes are staged, and where what was staged of a lost snapshot is set aside.
 #[must_use]
-pub fn staging_directory(target: &Path, id: &str) -> PathBuf {
-    target.parent().map(PathBuf::from).unwrap_or_default().join(format!("{STAGING_PREFIX}{id}"))
+pub fn staging_directories(parent: &Path, id: &str) -> [PathBuf; 2] {
+    [format!("{STAGING_PREFIX}{id}"), format!("{STAGING_PREFIX}{id}-older")]
+        .map(|name| parent.join(name))
 }
 
-/// Where what was staged of a lost snapshot is set aside.
-#[must_use]
-pub fn older_directory(target: &Path, id: &str) -> PathBuf {
-    let staging = staging_directory(target, id);
-    staging.with_file_name(format!("{STAGING_PREFIX}{id}-older"))
+/// How a clone has ended, when not by a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It stands where it was to stand.
+    Completed,
+    /// It is whole, and waits for its server to be stopped (3707).
+    AwaitsInstall,
 }
 
 /// A clone that runs.
@@ -75,16 +86,21 @@ pub struct CloneJob {
     pub growing: Arc<GrowingFiles>,
     /// Closed while the clone is paused.
     pub gate: Arc<Gate>,
+    /// The server whose data are replaced.
+    pub control: Arc<dyn ServerControl>,
+    /// The install, once it has begun.
+    pub replacement: OnceLock<Arc<Replacement>>,
     /// Cancelled when the user cancels or the service stops.
     pub cancel: CancellationToken,
 }
 
 impl CloneJob {
-    /// Runs the clone. Whatever happens, no half-made target and no staging is left.
+    /// Runs the clone. Whatever happens, no half-made target is left, and no staging but of an
+    /// install that keeps a tree there.
     ///
     /// A snapshot that is lost, with its donor's service or by its lease, is opened anew; what is
     /// staged by then is the older copy whose equal blocks are used.
-    pub async fn run(&self) -> Result<(), Failure> {
+    pub async fn run(&self) -> Result<End, Failure> {
         let mut older = None;
         let mut lost = 0;
         let result = loop {
@@ -108,23 +124,35 @@ impl CloneJob {
                 result => break result,
             }
         };
-        for directory in [self.staging_directory(), self.older_directory()] {
+        // A clone that was rolled back by itself was open to nobody: it holds nothing of value.
+        let stays = self.replacement.get().is_some_and(|replacement| {
+            replacement.must_stay() && replacement.step() != Step::RolledBack
+        });
+        let [staged, older] = staging_directories(&self.request.staging_parent(), &self.id);
+        let gone = if stays { vec![older] } else { vec![staged, older] };
+        for directory in gone {
             if let Err(failure) = blocking(move || Staging::remove(&directory)).await {
                 warn!(clone = %self.id, error = %failure, "staging directory is left");
             }
+        }
+        if self.request.form == Some(Form::Move) {
+            remove_inner(&self.request.target);
         }
         result
     }
 
     /// Copies one snapshot to its end.
-    async fn copy_snapshot(&self, older: Option<PathBuf>) -> Result<(), Failure> {
+    async fn copy_snapshot(&self, older: Option<PathBuf>) -> Result<End, Failure> {
         let prepare = Box::pin(self.prepare(older.is_some()));
         let mut prepared = self.until_cancelled(prepare).await?;
         if let Some(older) = older {
             prepared.reuse = Some(Arc::new(Reuse::open(&older)?));
         }
         let source = Arc::clone(&prepared.source);
-        let parent = self.request.target.parent().map(PathBuf::from).unwrap_or_default();
+        let parent = self.request.staging_parent();
+        if self.request.form == Some(Form::Move) {
+            make_inner(&parent)?;
+        }
         let staging = match Staging::create(&parent, &self.id, prepared.owners) {
             Ok(staging) => Arc::new(staging),
             Err(failure) => {
@@ -134,7 +162,7 @@ impl CloneJob {
         };
         let result = self.copy_and_install(&prepared, &staging).await;
         let outcome = match &result {
-            Ok(()) => Outcome::Completed,
+            Ok(_) => Outcome::Completed,
             Err(_) if self.cancel.is_cancelled() => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
@@ -157,17 +185,9 @@ impl CloneJob {
         }
     }
 
-    fn staging_directory(&self) -> PathBuf {
-        staging_directory(&self.request.target, &self.id)
-    }
-
-    fn older_directory(&self) -> PathBuf {
-        older_directory(&self.request.target, &self.id)
-    }
-
     /// Sets aside what is staged; returns its tree.
     async fn keep_staged(&self) -> Result<Option<PathBuf>, Failure> {
-        let (staged, older) = (self.staging_directory(), self.older_directory());
+        let [staged, older] = staging_directories(&self.request.staging_parent(), &self.id);
         blocking(move || {
             Staging::remove(&older)?;
             match rustix::fs::rename(&staged, &older) {
@@ -183,19 +203,48 @@ impl CloneJob {
         &self,
         prepared: &Prepared,
         staging: &Arc<Staging>,
-    ) -> Result<(), Failure> {
+    ) -> Result<End, Failure> {
         let source = prepared.source.as_ref();
         let (whole, done) = self.copy_rounds(prepared, source, staging).await?;
         self.status.begin_stage(pbc::Stage::FileSync);
         let verified = self.verify(staging, whole, done.root.clone()).await?;
         self.status.end_stages();
         self.check_cancelled()?;
+        self.status.set_consistency(&done);
+        if let Some(form) = self.request.form {
+            // The donor's part is done; its server need not keep anything for the restart here.
+            source.close(Outcome::Completed).await;
+            return Box::pin(self.replace(form)).await;
+        }
         let (staging, target) = (Arc::clone(staging), self.request.target.clone());
         let own = if self.request.replaces { OwnDirectory::Yes } else { OwnDirectory::No };
         blocking(move || install(&staging, &verified, &target, own)).await?;
-        self.status.set_consistency(&done);
         info!(clone = %self.id, target = %self.request.target.display(), "clone installed");
-        Ok(())
+        Ok(End::Completed)
+    }
+
+    /// The staged tree replaces the server's data.
+    async fn replace(&self, form: Form) -> Result<End, Failure> {
+        let place = Place::new(form, &self.request.target, &self.id);
+        let is_managed = self.control.manages();
+        let waits = !is_managed && server_on(&place.data_directory).is_some();
+        let (id, keep) = (self.id.clone(), self.settings.install.keep_old_data);
+        let replacement =
+            blocking(move || Replacement::create(place, &id, waits, keep)).await.map(Arc::new)?;
+        let replacement = Arc::clone(self.replacement.get_or_init(|| replacement));
+        self.status.set_install(&replacement);
+        if waits {
+            return Ok(End::AwaitsInstall);
+        }
+        self.check_cancelled()?;
+        let installer = installer(&self.settings, &self.status, &self.control, replacement);
+        if is_managed {
+            installer.install().await?;
+        } else {
+            installer.put_in_place_or_back().await?;
+        }
+        self.status.end_stages();
+        Ok(End::Completed)
     }
 
     /// Copies round after round until the donor has nothing more to give.
@@ -373,5 +422,32 @@ impl CloneJob {
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Failure> {
         self.cancel.run_until_cancelled(work).await.unwrap_or_else(|| Err(stopped()))
+    }
+}
+
+/// An installer that tells a clone's status of its steps.
+#[must_use]
+pub fn installer(
+    settings: &Settings,
+    status: &Arc<CloneStatus>,
+    control: &Arc<dyn ServerControl>,
+    replacement: Arc<Replacement>,
+) -> Installer {
+    let status = Arc::clone(status);
+    Installer {
+        replacement,
+        control: Arc::clone(control),
+        health_limit: settings.install.recovery_timeout,
+        tell: Box::new(move |replacement| {
+            status.set_install(replacement);
+            match replacement.step() {
+                Step::Stopped | Step::Exchanging | Step::SettingAside | Step::PuttingIn => {
+                    status.begin_stage(pbc::Stage::Restart);
+                }
+                Step::Started => status.begin_stage(pbc::Stage::Recovery),
+                Step::Healthy | Step::Opened => status.end_stages(),
+                _ => {}
+            }
+        }),
     }
 }

@@ -2,7 +2,11 @@
 //!
 //! A clone and `ValidateClone` go through the same checks, in the same order.
 
-use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use marcot_common::{
     entry::Totals,
@@ -17,6 +21,7 @@ use marcot_proto::{
 
 use crate::{
     donor_client::DonorSource,
+    install::place::Form,
     job::CloneJob,
     request::{CloneRequest, Owner, SourceRequest},
     reuse::Reuse,
@@ -144,9 +149,13 @@ pub async fn prepare(job: &CloneJob) -> Result<Prepared, Failure> {
     let source = source.ok_or_else(|| Failure::bug("no snapshot, and no finding says why"))?;
     let opened = source.opened();
     job.status.update(|clone| clone.left_out = opened.left_out.clone().into_iter().collect());
-    let parent = job.request.target.parent().unwrap_or(Path::new("/"));
+    let parent = &space_of(&job.request);
     let inodes = free_space(parent).ok().map(|free| free.inodes).filter(|&inodes| inodes > 0);
-    let reuse = job.request.reuse.as_deref().map(Reuse::open).transpose()?.map(Arc::new);
+    // What is to be replaced is an older copy, more often than not.
+    let replaced = job.request.form.map(|_| job.request.target.as_path());
+    let is_remote = matches!(job.request.source, SourceRequest::Donor(_));
+    let older = job.request.reuse.as_deref().or(replaced.filter(|_| is_remote));
+    let reuse = older.map(Reuse::open).transpose()?.map(Arc::new);
     Ok(Prepared {
         reuse,
         owners: owners(&job.request, parent)?,
@@ -187,7 +196,7 @@ pub async fn inspect(
         let usable = target::check_reuse(reuse, request, settings);
         findings.add("reuse_directory", usable.map(|()| format!("{} is there", reuse.display())));
     }
-    let parent = request.target.parent().unwrap_or(Path::new("/"));
+    let parent = &space_of(request);
     match (&source, free_space(parent)) {
         (Some(source), Ok(free)) => {
             let estimate = source.opened().estimate;
@@ -257,6 +266,14 @@ fn same_directory(
     Ok("the donor's data directory is another one".to_owned())
 }
 
+/// The directory on whose file system the clone will be staged.
+fn space_of(request: &CloneRequest) -> PathBuf {
+    match request.form {
+        Some(Form::Move) => request.target.clone(),
+        _ => request.target.parent().unwrap_or(Path::new("/")).to_owned(),
+    }
+}
+
 struct FreeSpace {
     bytes: u64,
     /// 0 where the file system has no fixed number.
@@ -317,8 +334,10 @@ fn owners(request: &CloneRequest, parent: &Path) -> Result<Owners, Failure> {
         Owner::Preserved => Ok(Owners::Preserved),
         Owner::Given(uid, gid) => Ok(Owners::Fixed { uid, gid }),
         Owner::FollowParent => {
+            // R13: what replaces a server's data belongs to whom they belonged.
+            let model = if request.form.is_some() { request.target.as_path() } else { parent };
             let metadata =
-                parent.metadata().map_err(|e| Failure::io("look at directory", parent, &e))?;
+                model.metadata().map_err(|e| Failure::io("look at directory", model, &e))?;
             Ok(Owners::Fixed { uid: metadata.uid(), gid: metadata.gid() })
         }
     }

@@ -16,7 +16,10 @@ use marcot_engine::SnapshotOptions;
 use marcot_proto::recipient::v1 as pb;
 use zeroize::Zeroizing;
 
-use crate::settings::{CONCURRENCY_MAX, Settings};
+use crate::{
+    install::place::{Form, INNER_DIRECTORY},
+    settings::{CONCURRENCY_MAX, Settings},
+};
 
 /// A checked request for a clone.
 #[derive(Debug, Clone)]
@@ -27,6 +30,10 @@ pub struct CloneRequest {
     pub target: PathBuf,
     /// Whether the target is the recipient server's own data directory.
     pub replaces: bool,
+    /// How the trees change places, where data are to be replaced.
+    pub form: Option<Form>,
+    /// The generation that the caller means to replace; empty: any.
+    pub expected_generation: String,
     /// Who will own the files.
     pub owner: Owner,
     /// Streams.
@@ -198,13 +205,15 @@ impl CloneRequest {
     ) -> Result<Self, Failure> {
         let replaces = data_directory.is_empty();
         let target = if replaces {
-            settings.data_directory.clone().ok_or_else(|| {
+            let own = settings.data_directory.clone().ok_or_else(|| {
                 Failure::precondition(
                     "NO_DATA_DIRECTORY",
                     "the statement names no DATA DIRECTORY and this recipient has none of its own; \
                      name one, or start the recipient with --data-directory",
                 )
-            })?
+            })?;
+            // Not a link to it: a link's target is what must change.
+            own.canonicalize().unwrap_or(own)
         } else {
             // Without a slash at its end, which would have the system follow a link there.
             Path::new(OsStr::from_bytes(data_directory)).components().collect()
@@ -218,7 +227,14 @@ impl CloneRequest {
             ));
         }
         let statement = describe(&source, &target, replaces);
+        let form = if replaces && holds_data(&target)? {
+            Some(settings.install.form.map_or_else(|| Form::of(&target), Ok)?)
+        } else {
+            None
+        };
         Ok(Self {
+            form,
+            expected_generation: options.expected_generation.clone(),
             owner: owner(&options)?,
             concurrency: concurrency(&options, settings)?,
             snapshot: snapshot_options(&options)?,
@@ -231,6 +247,15 @@ impl CloneRequest {
         })
     }
 
+    /// The directory that the clone is staged in.
+    #[must_use]
+    pub fn staging_parent(&self) -> PathBuf {
+        match self.form {
+            Some(form) => form.staging_parent(&self.target),
+            None => self.target.parent().map(PathBuf::from).unwrap_or_default(),
+        }
+    }
+
     /// `HOST:PORT` or `LOCAL INSTANCE`, as in performance_schema.clone_status.
     #[must_use]
     pub fn source_name(&self) -> String {
@@ -241,6 +266,15 @@ impl CloneRequest {
             }
             SourceRequest::Donor(donor) => format!("{}:{}", donor.host, donor.port),
         }
+    }
+}
+
+/// Whether a data directory holds more than what an install keeps there.
+fn holds_data(data_directory: &Path) -> Result<bool, Failure> {
+    match std::fs::read_dir(data_directory) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(Failure::io("read directory", data_directory, &e)),
+        Ok(entries) => Ok(entries.flatten().any(|entry| entry.file_name() != INNER_DIRECTORY)),
     }
 }
 
@@ -337,9 +371,6 @@ fn refuse_later_options(options: &pb::CloneOptions) -> Result<(), Failure> {
     let limited = |limit: Option<u64>| limit.is_some_and(|limit| limit != 0);
     if limited(limits.data_bytes_per_second_max) || limited(limits.network_bytes_per_second_max) {
         return Err(Failure::unimplemented("a limit of bytes per second"));
-    }
-    if !options.expected_generation.is_empty() {
-        return Err(Failure::unimplemented("expected_generation"));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The recipient, put together: settings, clones, service, drain.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{
     access::Rule,
@@ -18,6 +18,7 @@ use marcot_proto::recipient::v1::recipient_service_server::RecipientServiceServe
 
 use crate::{
     api::Api,
+    install_options::InstallOptions,
     job::registry::Clones,
     metrics::RecipientMetrics,
     retry::DONOR_TIMEOUT_MAX,
@@ -39,6 +40,14 @@ pub const ROLE: Role = Role {
         ("/marcot.recipient.v1.RecipientService/CancelClone", Rule::Needs(Privilege::BackupAdmin)),
         ("/marcot.recipient.v1.RecipientService/PauseClone", Rule::Needs(Privilege::BackupAdmin)),
         ("/marcot.recipient.v1.RecipientService/ResumeClone", Rule::Needs(Privilege::BackupAdmin)),
+        ("/marcot.recipient.v1.RecipientService/InstallClone", Rule::Needs(Privilege::CloneAdmin)),
+        ("/marcot.recipient.v1.RecipientService/AcceptClone", Rule::Needs(Privilege::CloneAdmin)),
+        ("/marcot.recipient.v1.RecipientService/RollbackClone", Rule::Needs(Privilege::CloneAdmin)),
+        ("/marcot.recipient.v1.RecipientService/ListLeftovers", Rule::Needs(Privilege::Monitor)),
+        (
+            "/marcot.recipient.v1.RecipientService/DeleteLeftover",
+            Rule::Needs(Privilege::CloneAdmin),
+        ),
         ("/marcot.recipient.v1.RecipientService/", Rule::LoggedIn),
     ],
 };
@@ -90,6 +99,15 @@ pub struct Settings {
     #[arg(long, value_name = "DURATION", default_value = "5min", env = "MARCOT_DONOR_TIMEOUT",
           value_parser = donor_timeout)]
     pub donor_timeout: Duration,
+    /// How a clone replaces the server's own data.
+    #[command(flatten)]
+    pub install: InstallOptions,
+    /// `supervise`: run the command after `--` as the database server.
+    #[arg(value_name = "MODE", value_parser = ["supervise"])]
+    pub mode: Option<String>,
+    /// The database server's command.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
     /// What both daemons have.
     #[command(flatten)]
     pub server: ServerOptions,
@@ -118,10 +136,14 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         return Ok(());
     }
     let telemetry = settings.server.init_telemetry(ROLE)?;
-    let clones = Clones::open(checked.shared(), &settings.state_directory)
+    let shutdown = Shutdown::on_signals(None).map_err(|e| Problem::Running(e.to_string()))?;
+    let control = settings.install.control(&settings, &checked)?;
+    let clones = Clones::open(checked.shared(), &settings.state_directory, control.shared())
+        .await
         .map(Arc::new)
         .map_err(|e| Problem::Running(e.message))?;
-    let shutdown = Shutdown::on_signals(None).map_err(|e| Problem::Running(e.to_string()))?;
+    let goes_on = clones.go_on();
+    let supervised = control.begin(&shutdown, goes_on).await?;
     let metrics = Arc::new(Metrics::new(ROLE.name));
     RecipientMetrics::register(&metrics, &clones);
     let service = RecipientServiceServer::new(Api::new(Arc::clone(&clones)))
@@ -132,8 +154,13 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         routes.add_service(service);
     };
     let served = daemon.serve(settings.listen, Arc::new(NoKeys), add, drain).await;
+    let ended = match supervised {
+        Some(supervised) => supervised.end().await,
+        None => Ok(()),
+    };
     telemetry.shutdown();
-    Ok(served?)
+    served?;
+    ended
 }
 
 /// Checks what the settings name, and tells all that is wrong.
@@ -169,10 +196,12 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         problems.push(failure.message);
         None
     });
+    problems.extend(settings.install.problems(settings));
     if !problems.is_empty() {
         return Err(problems);
     }
     Ok(settings::Settings {
+        install: settings.install.settings(),
         data_directory: settings.data_directory.clone(),
         allow_directories: settings.allow_directory.clone(),
         donor_tls,

@@ -5,6 +5,8 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use marcot_common::connect::ClientTls;
 use marcot_engine::EngineConfig;
 
+use crate::install::place::Form;
+
 /// Streams unless asked otherwise: one for each core, at most this many (the plugin's default of
 /// 16 is for hosts with as many cores).
 pub const CONCURRENCY_DEFAULT_MAX: usize = 8;
@@ -30,6 +32,20 @@ pub struct Settings {
     /// How long a donor that is gone is waited for, and how long it keeps the snapshot meanwhile
     /// (clone_donor_timeout_after_network_failure); zero: not at all.
     pub donor_timeout: Duration,
+    /// How a clone replaces the server's own data.
+    pub install: InstallSettings,
+}
+
+/// How a clone replaces the server's own data.
+#[derive(Debug, Clone, Default)]
+pub struct InstallSettings {
+    /// How trees change places; `None`: as the data directory allows.
+    pub form: Option<Form>,
+    /// How long the old data are kept once the server runs on the new ones; `None`: until the clone
+    /// is accepted.
+    pub keep_old_data: Option<Duration>,
+    /// Longest recovery of a server on a clone.
+    pub recovery_timeout: Duration,
 }
 
 impl Settings {

@@ -8,7 +8,12 @@ use std::{
 use marcot_common::failure::Failure;
 use tonic::Code;
 
-use crate::{preflight::Findings, request::CloneRequest, settings::Settings};
+use crate::{
+    install::{generation, place::Form, replacement, step::Step},
+    preflight::Findings,
+    request::CloneRequest,
+    settings::Settings,
+};
 
 /// Longest path, bytes, as the plugin has it (FN_REFLEN - 1).
 const PATH_BYTES_MAX: usize = 511;
@@ -23,14 +28,24 @@ pub fn check(request: &CloneRequest, settings: &Settings, findings: &mut Finding
         findings.not_checked("path_free", "the path is not absolute");
         return;
     }
-    let free = if request.replaces { replaceable(target) } else { free(target) };
-    findings.add("path_free", free.map(|()| format!("nothing is at {shown}")));
+    match request.form {
+        Some(form) => check_replacement(request, form, findings),
+        None if request.replaces => {
+            findings.passed("path_free", format!("nothing is in {shown}"));
+        }
+        None => {
+            findings.add("path_free", free(target).map(|()| format!("nothing is at {shown}")));
+        }
+    }
     if !request.replaces {
         let outside = outside_data_directory(target, settings);
         findings.add("path_outside", outside.map(|()| format!("{shown} is outside")));
     }
-    let parent = parent_is_writable(target);
-    findings.add("path_parent", parent.map(|()| "the parent directory is writable".to_owned()));
+    let parent = match request.form {
+        Some(Form::Move) => directory_is_writable(target, target),
+        _ => directory_is_writable(target, target.parent().unwrap_or(Path::new("/"))),
+    };
+    findings.add("path_parent", parent.map(|()| "the directory above is writable".to_owned()));
     if !request.replaces {
         let allowed = allowed(target, settings);
         findings.add("path_allowed", allowed.map(|()| format!("{shown} is below an allowed root")));
@@ -99,19 +114,32 @@ fn free(target: &Path) -> Result<(), Failure> {
     }
 }
 
-/// The server's own data directory can be seeded while nothing is in it; replacing one with data
-/// in it is not available in this version.
-fn replaceable(target: &Path) -> Result<(), Failure> {
-    match std::fs::read_dir(target).map(|mut entries| entries.next().is_some()) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(Failure::io("read directory", target, &e)),
-        Ok(true) => Err(Failure::unimplemented(&format!(
-            "{} holds data; name a DATA DIRECTORY, or move the data away. To replace it in place",
-            target.display()
-        ))),
-        // An empty directory makes way for the new one.
-        Ok(false) => Ok(()),
+/// The server's own data make way, when they are those that the caller has seen and no earlier
+/// install still needs them.
+fn check_replacement(request: &CloneRequest, form: Form, findings: &mut Findings) {
+    let target = &request.target;
+    findings.passed("install_form", format!("{}: form {}", target.display(), form.name()));
+    findings.add("generation", generation::check(target, &request.expected_generation));
+    findings.add("earlier_install", no_earlier_install(target));
+}
+
+fn no_earlier_install(target: &Path) -> Result<String, Failure> {
+    for earlier in replacement::all(target)? {
+        if earlier.step() < Step::Accepted && earlier.must_stay() {
+            return Err(Failure::precondition(
+                "INSTALL_PENDING",
+                format!(
+                    "clones/{} was installed in {} (step {}) and is neither accepted nor rolled \
+                     back: `marcot accept` removes the data from before it, `marcot rollback` \
+                     brings them back",
+                    earlier.plan.clone,
+                    target.display(),
+                    earlier.step().name()
+                ),
+            ));
+        }
     }
+    Ok("no earlier install waits".to_owned())
 }
 
 fn outside_data_directory(target: &Path, settings: &Settings) -> Result<(), Failure> {
@@ -165,8 +193,7 @@ pub fn check_reuse(
     Ok(())
 }
 
-fn parent_is_writable(target: &Path) -> Result<(), Failure> {
-    let parent = target.parent().unwrap_or(Path::new("/"));
+fn directory_is_writable(target: &Path, parent: &Path) -> Result<(), Failure> {
     let failed = |why: String| {
         Err(Failure::precondition(
             "PARENT_NOT_WRITABLE",

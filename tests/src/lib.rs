@@ -14,6 +14,7 @@ pub mod mariadb;
 pub mod pair;
 pub mod process;
 pub mod proxy;
+pub mod site;
 pub mod tree;
 
 pub use certificates::Certificates;

@@ -118,7 +118,9 @@ impl Options {
     }
 }
 
-fn free_port() -> u16 {
+/// A port that was free a moment ago.
+#[must_use]
+pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("a bound socket").port()
 }
@@ -189,6 +191,46 @@ fn command(data_directory: &Path, options: &Options) -> Command {
     command
 }
 
+/// Program and arguments of a server for others to run.
+#[must_use]
+pub fn command_line(data_directory: &Path, options: &Options, socket: &Path) -> Vec<String> {
+    let mut command = command(data_directory, options);
+    if !options.accounts {
+        command.arg("--skip-grant-tables");
+    }
+    match options.port {
+        Some(port) => command.args(["--bind-address=127.0.0.1", &format!("--port={port}")]),
+        None => command.arg("--skip-networking"),
+    };
+    command.arg(format!("--socket={}", socket.display()));
+    let pid_file = data_directory.with_extension("pid");
+    command.arg(format!("--pid-file={}", pid_file.display()));
+    let program = std::iter::once(command.get_program());
+    program.chain(command.get_args()).map(|text| text.to_string_lossy().into_owned()).collect()
+}
+
+/// A path for a socket: at most 107 bytes, and the build's directory may be deep.
+#[must_use]
+pub fn new_socket() -> PathBuf {
+    let number = STARTED.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("m{}-{number}.sock", std::process::id()))
+}
+
+/// Asks whatever server listens on a socket, as root; rows come tab-separated.
+pub fn ask(socket: &Path, sql: &str) -> Result<String, String> {
+    let output = Command::new("mariadb")
+        .args(["--no-defaults", "--batch", "--skip-column-names", "--user=root"])
+        .arg(format!("--socket={}", socket.display()))
+        .arg(format!("--execute={sql}"))
+        .output()
+        .expect("mariadb is there: `make test` installs mariadb-client-core");
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
 /// Makes each socket's name another one.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
@@ -213,9 +255,8 @@ impl MariaDb {
     }
 
     fn spawn(home: &Path, data_directory: &Path, options: &Options) -> Self {
-        let number = STARTED.fetch_add(1, Ordering::Relaxed);
-        // A socket's path is at most 107 bytes, and the build's directory may be deep.
-        let socket = std::env::temp_dir().join(format!("m{}-{number}.sock", std::process::id()));
+        let socket = new_socket();
+        let number = STARTED.load(Ordering::Relaxed);
         let log = home.join(format!("mariadbd-{number}.log"));
         let mut command = command(data_directory, options);
         if !options.accounts {
@@ -287,17 +328,7 @@ impl MariaDb {
 
     /// As `query`, or the server's error.
     pub fn try_query(&self, sql: &str) -> Result<String, String> {
-        let output = Command::new("mariadb")
-            .args(["--no-defaults", "--batch", "--skip-column-names", "--user=root"])
-            .arg(format!("--socket={}", self.socket.display()))
-            .arg(format!("--execute={sql}"))
-            .output()
-            .expect("mariadb is there: `make test` installs mariadb-client-core");
-        if output.status.success() {
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        } else {
-            Err(String::from_utf8_lossy(&output.stderr).into_owned())
-        }
+        ask(&self.socket, sql)
     }
 
     /// Base tables of all schemas, quoted.

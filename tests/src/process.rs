@@ -28,6 +28,11 @@ pub struct Daemon {
 
 impl Daemon {
     fn start(name: &str, home: &Path, arguments: &[String]) -> Self {
+        Self::start_around(name, home, arguments, &[])
+    }
+
+    /// A daemon that runs a command of its own.
+    fn start_around(name: &str, home: &Path, arguments: &[String], command: &[String]) -> Self {
         let number = std::fs::read_dir(home).expect("home is readable").count();
         let ready = home.join(format!("{name}-{number}.ready"));
         let log = home.join(format!("{name}-{number}.log"));
@@ -37,6 +42,8 @@ impl Daemon {
             .args(["--listen", "127.0.0.1:0", "--log", "info"])
             .arg("--ready-file")
             .arg(&ready)
+            .args((!command.is_empty()).then_some("--"))
+            .args(command)
             // Stories whose donor is gone for good end soon; those about waiting say how long.
             .env("MARCOT_DONOR_TIMEOUT", "3s")
             .stdin(Stdio::null())
@@ -188,5 +195,16 @@ impl Recipient {
         arguments.extend(["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()]);
         arguments.extend(options.iter().map(ToString::to_string));
         Self(Daemon::start("marcot-recipient", home, &arguments))
+    }
+
+    /// Starts a recipient that supervises `command`.
+    #[must_use]
+    pub fn supervise(home: &Path, options: &[&str], command: &[String]) -> Self {
+        let state = home.join("state");
+        let mut arguments = vec!["supervise".to_owned()];
+        arguments.extend(["--state-directory".to_owned(), state.display().to_string()]);
+        arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
+        arguments.extend(options.iter().map(ToString::to_string));
+        Self(Daemon::start_around("marcot-recipient", home, &arguments, command))
     }
 }

@@ -2,15 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-use std::path::Path;
+use std::{os::unix::ffi::OsStrExt as _, path::Path};
 
 use marcot_common::{accounts::Accounts, connection::Privilege, tls::Fingerprint};
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{
-        CancelCloneRequest, CloneInstanceRequest, CloneLocalRequest, CloneOptions,
-        CloneStatementRequest, Compression, GetCloneRequest, ListClonesRequest, State,
-        ValidateCloneRequest, validate_clone_request,
+        AcceptCloneRequest, CancelCloneRequest, CloneInstanceRequest, CloneLocalRequest,
+        CloneOptions, CloneStatementRequest, Compression, GetCloneRequest, ListClonesRequest,
+        State, ValidateCloneRequest, validate_clone_request,
     },
 };
 use marcot_tests::{
@@ -207,9 +207,10 @@ async fn all_findings_are_told_at_once_and_nothing_changes() {
     no_staging(home);
 }
 
-/// Without DATA DIRECTORY the recipient's own directory is seeded, and only while it is empty.
+/// Without DATA DIRECTORY the recipient's own directory is seeded; data that stand there, and that no
+/// server uses, are kept until the clone is accepted.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_empty_data_directory_of_its_own_is_seeded_and_a_full_one_is_not_touched() {
+async fn an_empty_data_directory_of_its_own_is_seeded_and_a_full_one_is_kept_aside() {
     let fill = |data: &Path| {
         std::fs::write(data.join("file"), "from the donor").unwrap();
         std::fs::create_dir(data.parent().unwrap().join("own")).unwrap();
@@ -224,9 +225,15 @@ async fn an_empty_data_directory_of_its_own_is_seeded_and_a_full_one_is_not_touc
     tree::assert_identical(&pair.data(), &own);
 
     std::fs::write(own.join("file"), "written since").unwrap();
+    let clone = clone_and_wait(&mut client, &statement).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(std::fs::read_to_string(own.join("file")).unwrap(), "from the donor");
+    let old = clone.install.expect("an install").old_directory;
+    let old = Path::new(std::ffi::OsStr::from_bytes(&old)).to_owned();
+    assert_eq!(std::fs::read_to_string(old.join("file")).unwrap(), "written since");
     let failure = clone_error(&mut client, &statement).await;
-    assert_eq!(failure.reason, "NOT_AVAILABLE", "{failure:?}");
-    assert_eq!(std::fs::read_to_string(own.join("file")).unwrap(), "written since");
+    assert_eq!(failure.reason, "INSTALL_PENDING", "{failure:?}");
+    client.accept_clone(AcceptCloneRequest { name: clone.name }).await.unwrap();
     no_staging(pair.home());
 }
 

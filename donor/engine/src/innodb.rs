@@ -12,6 +12,7 @@
 //! starts on it by its ordinary crash recovery, as of T.
 
 pub mod frm;
+pub mod health;
 pub mod page;
 pub mod redo;
 

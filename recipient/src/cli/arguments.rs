@@ -99,6 +99,35 @@ pub(super) enum Command {
         /// Name or id.
         name: String,
     },
+    /// Install a clone that waits for its server to be stopped.
+    Install {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+    },
+    /// Accept a clone that has replaced the server's data: the old data are removed.
+    Accept {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+    },
+    /// Bring the data from before a clone back; the clone's are kept aside.
+    Rollback {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+        /// What was written since the clone was installed may go.
+        #[arg(long)]
+        discard_writes: bool,
+    },
+    /// List what clones have left beside the data directory, with sizes; or remove some of it.
+    Prune {
+        /// Names of leftovers to remove, as listed.
+        remove: Vec<String>,
+        /// Remove all that no clone needs.
+        #[arg(long, conflicts_with = "remove")]
+        all: bool,
+    },
     /// Manage an accounts file.
     Account {
         #[command(subcommand)]
@@ -186,7 +215,7 @@ pub(super) struct DonorOptions {
     /// File with its password [default: $MARCOT_DONOR_PASSWORD, or a prompt].
     #[arg(long, value_name = "FILE")]
     pub(super) donor_password_file: Option<PathBuf>,
-    /// The new data directory, absolute; without it the recipient's own is seeded.
+    /// The new data directory, absolute; without it the recipient's own is replaced.
     #[arg(long, value_name = "DIR")]
     pub(super) data_directory: Option<PathBuf>,
     /// Encrypted and verified, or an error (REQUIRE SSL).
@@ -228,6 +257,10 @@ pub(super) struct StartOptions {
     /// Longest wait for the server's backup locks (clone_ddl_timeout) [default: 300s].
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub(super) ddl_timeout: Option<Duration>,
+    /// Refuse unless the data directory that would be replaced has this generation, as `validate`
+    /// and `get` show it.
+    #[arg(long, value_name = "GENERATION")]
+    pub(super) expected_generation: Option<String>,
     /// An id of yours: the same id again is the same clone.
     #[arg(long, value_name = "ID")]
     pub(super) request_id: Option<String>,

@@ -7,7 +7,8 @@ use marcot_common::{
     time::system_time,
 };
 use marcot_proto::recipient::v1::{
-    Clone, Finding, FindingStatus, StageProgress, State, ValidateCloneResponse,
+    Clone, Finding, FindingStatus, InstallStep, Leftover, StageProgress, State,
+    ValidateCloneResponse,
 };
 use serde_json::{Value, json};
 
@@ -81,9 +82,40 @@ pub(super) fn clone(clone: &Clone) -> Value {
         "reused_bytes": clone.reused_bytes,
         "retries": clone.retries,
         "last_retry_cause": clone.last_retry_cause,
+        "install": clone.install.as_ref().map(|install| json!({
+            "step": step(install.step),
+            "step_time": install.step_time.map(time),
+            "form": install
+                .form()
+                .as_str_name()
+                .trim_start_matches("INSTALL_FORM_")
+                .to_lowercase(),
+            "old_directory": String::from_utf8_lossy(&install.old_directory),
+            "keep_until": install.keep_until.map(time),
+            "generation": install.generation,
+        })),
         "left_out": clone.left_out,
         "trace_id": clone.trace_id,
     })
+}
+
+pub(super) fn leftovers(leftovers: &[Leftover]) -> Value {
+    let leftover = |leftover: &Leftover| {
+        json!({
+            "name": leftover.name,
+            "path": String::from_utf8_lossy(&leftover.path),
+            "allocated_bytes": leftover.allocated_bytes,
+            "content": leftover.content,
+            "removable": leftover.removable,
+        })
+    };
+    json!({ "leftovers": leftovers.iter().map(leftover).collect::<Vec<_>>() })
+}
+
+/// An install's step, by its name.
+pub(super) fn step(step: i32) -> String {
+    let step = InstallStep::try_from(step).unwrap_or_default();
+    step.as_str_name().trim_start_matches("INSTALL_STEP_").to_lowercase()
 }
 
 fn stage(row: &StageProgress) -> Value {

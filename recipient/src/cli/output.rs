@@ -3,7 +3,9 @@
 use marcot_common::{accounts::Account, failure::Failure, replication, time::system_time};
 use marcot_proto::{
     common::v1::Stage,
-    recipient::v1::{Clone, Finding, FindingStatus, State, ValidateCloneResponse},
+    recipient::v1::{
+        Clone, Finding, FindingStatus, Install, Leftover, State, ValidateCloneResponse,
+    },
 };
 
 use super::json;
@@ -65,6 +67,9 @@ impl Output {
             );
         }
         say!("  {}", summary(clone));
+        if let Some(install) = &clone.install {
+            say!("  {}", clean(&install_line(install)));
+        }
         for (reason, count) in &clone.left_out {
             say!("  left out: {count} of kind {}", clean(reason));
         }
@@ -103,6 +108,24 @@ impl Output {
             say!("{}", clean(&finding_line(finding)));
         }
         say!("{}", if answer.valid { "valid" } else { "not valid" });
+    }
+
+    pub(super) fn leftovers(self, leftovers: &[Leftover]) {
+        if self.json {
+            json::print(&json::leftovers(leftovers));
+            return;
+        }
+        say!("{:<47} {:>12} {:<10} {:<40} PATH", "NAME", "SIZE", "REMOVABLE", "CONTENT");
+        for leftover in leftovers {
+            say!(
+                "{:<47} {:>12} {:<10} {:<40} {}",
+                clean(&leftover.name),
+                human_bytes(leftover.allocated_bytes),
+                if leftover.removable { "yes" } else { "no" },
+                clean(&leftover.content),
+                clean(&String::from_utf8_lossy(&leftover.path)),
+            );
+        }
     }
 
     pub(super) fn accounts(self, accounts: &[Account]) {
@@ -154,6 +177,23 @@ fn finding_line(finding: &Finding) -> String {
         action => format!("; {action}"),
     };
     format!("{status:<12} {:<18} {}{action}{number}", finding.check, finding.message)
+}
+
+/// Where an install stands, and what there is to do.
+fn install_line(install: &Install) -> String {
+    let step = json::step(install.step);
+    let old = String::from_utf8_lossy(&install.old_directory);
+    let kept = match (old.as_ref(), install.keep_until) {
+        ("", _) => String::new(),
+        (old, Some(until)) => format!(
+            "; the old data are kept in {old} until {}, or `marcot accept` or `marcot rollback`",
+            json::time(until)
+        ),
+        (old, None) => {
+            format!("; the old data are kept in {old} until `marcot accept` or `marcot rollback`")
+        }
+    };
+    format!("install: {step}, generation {}{kept}", install.generation)
 }
 
 fn summary(clone: &Clone) -> String {

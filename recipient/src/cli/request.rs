@@ -102,6 +102,7 @@ impl StartOptions {
             request_id: self.request_id.clone().unwrap_or_default(),
             owner: self.owner.clone().unwrap_or_default(),
             preserve_owners: self.preserve_owners,
+            expected_generation: self.expected_generation.clone().unwrap_or_default(),
             block_ddl: self.block_ddl,
             reuse_directory: self.reuse.as_deref().map(path_bytes).unwrap_or_default(),
             ddl_timeout: self.ddl_timeout.map(duration_to_wire),
@@ -109,7 +110,6 @@ impl StartOptions {
                 concurrency_max: Some(concurrency),
                 ..CloneLimits::default()
             }),
-            ..CloneOptions::default()
         }
     }
 

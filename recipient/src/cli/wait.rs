@@ -14,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::{Code, Status, Streaming};
 
 use super::{connect::Client, progress::Shown};
-use crate::job::status::is_final;
+use crate::job::status::is_over;
 
 /// How long a recipient may be away before this gives up: its restart takes seconds.
 const AWAY_MAX: Duration = Duration::from_secs(60);
@@ -68,7 +68,7 @@ pub(super) async fn wait(
         tokio::select! {
             seen = watcher.next(&shown) => {
                 let clone = seen?;
-                if is_final(clone.state) {
+                if is_over(clone.state) {
                     shown.finish(&clone);
                     return Ok(Waited::Ended(Box::new(clone)));
                 }

@@ -3,11 +3,11 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
 };
 
-use marcot_common::{failure::Failure, host::path_bytes, time};
+use marcot_common::{failure::Failure, host::path_bytes};
 use marcot_proto::recipient::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -17,12 +17,16 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::{
-    CloneJob,
+    CloneJob, End,
     history::{CLONES_MAX, History},
-    older_directory, staging_directory,
-    status::{CloneStatus, interrupted, is_final},
+    status::CloneStatus,
 };
-use crate::{progress::Progress, request::CloneRequest, settings::Settings, staging::Staging};
+use crate::{
+    install::replacement::Replacement, progress::Progress, request::CloneRequest,
+    server_control::ServerControl, settings::Settings,
+};
+
+mod installs;
 
 /// How often a running clone's counters are read.
 const TICK: Duration = Duration::from_millis(250);
@@ -41,6 +45,7 @@ pub struct Origin {
 pub struct Clones {
     settings: Arc<Settings>,
     history: History,
+    control: Arc<dyn ServerControl>,
     table: Mutex<Table>,
     tasks: TaskTracker,
 }
@@ -49,10 +54,21 @@ pub struct Clones {
 struct Table {
     /// By name; ids are UUIDv7, so the order is that of their beginning.
     past: BTreeMap<String, pb::Clone>,
-    running: Option<Arc<CloneJob>>,
+    running: Option<Running>,
+    /// Installs that keep a tree, by the clone's name.
+    installs: BTreeMap<String, Arc<Replacement>>,
     draining: bool,
     counts: Counts,
     bytes: ByteTotals,
+}
+
+/// What runs: a clone, or the install of one.
+#[derive(Debug, Clone)]
+struct Running {
+    id: String,
+    status: Arc<CloneStatus>,
+    /// The clone; `None` for an install that is all that is left of it.
+    job: Option<Arc<CloneJob>>,
 }
 
 /// Bytes counted since the start, for metrics.
@@ -85,24 +101,41 @@ pub struct Counts {
 }
 
 impl Clones {
-    /// Reads what is remembered, and clears up what a stop of the service has left.
-    pub fn open(settings: Arc<Settings>, state_directory: &Path) -> Result<Self, Failure> {
+    /// Reads what is remembered, brings every install that a stop has cut to a state in which a
+    /// server may start, and clears up the rest.
+    pub async fn open(
+        settings: Arc<Settings>,
+        state_directory: &Path,
+        control: Arc<dyn ServerControl>,
+    ) -> Result<Self, Failure> {
         let history = History::open(state_directory)?;
+        let found = installs::reconcile(&settings, &control).await?;
         let mut table = Table::default();
         for mut clone in history.load()? {
-            if !is_final(clone.state) {
-                clear_up(&mut clone);
+            let install = found.iter().find(|found| clone.name == found.name());
+            if installs::settle(&mut clone, install) {
                 history.save(&clone)?;
             }
             table.past.insert(clone.name.clone(), clone);
         }
-        Ok(Self { settings, history, table: Mutex::new(table), tasks: TaskTracker::new() })
+        for found in found {
+            // The state directory may be another one than when the clone was made.
+            let clone = table.past.entry(found.name()).or_insert_with(|| found.unknown_clone());
+            clone.install = Some(found.replacement.to_wire());
+            table.installs.insert(found.name(), found.replacement);
+        }
+        Ok(Self { settings, history, control, table: Mutex::new(table), tasks: TaskTracker::new() })
     }
 
     /// The operator's settings.
     #[must_use]
     pub fn settings(&self) -> &Arc<Settings> {
         &self.settings
+    }
+
+    /// The clone that the same request has started before.
+    pub fn known(&self, request: &CloneRequest) -> Result<Option<pb::Clone>, Failure> {
+        known_request(&self.lock(), request)
     }
 
     /// Starts a clone, or returns the one that the same request has started before.
@@ -115,29 +148,17 @@ impl Clones {
         if let Some(known) = known_request(&table, &request)? {
             return Ok(known);
         }
-        if table.draining {
-            let text = "the recipient is shutting down";
-            return Err(Failure::new(Code::Unavailable, "DRAINING", text));
-        }
-        if let Some(running) = &table.running {
-            let name = running.status.clone_resource().name;
-            return Err(Failure::new(
-                Code::Aborted,
-                "CLONE_IN_PROGRESS",
-                format!(
-                    "Too many concurrent clone operations. Maximum allowed - 1. {name} is running; \
-                     wait for it, or cancel it"
-                ),
-            )
-            .mysql(3634)
-            .with("clone", name));
-        }
+        refuse_if_busy(&table)?;
         let id = Uuid::now_v7().to_string();
         let job = Arc::new(self.new_job(&id, request, origin));
         let clone = job.status.clone_resource();
         self.history.save(&clone)?;
         table.counts.started += 1;
-        table.running = Some(Arc::clone(&job));
+        table.running = Some(Running {
+            id: id.clone(),
+            status: Arc::clone(&job.status),
+            job: Some(Arc::clone(&job)),
+        });
         drop(table);
         info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
         // A child of the call in its trace, but not in the logs: the clone outlives the call.
@@ -173,6 +194,8 @@ impl Clones {
             growing: Arc::default(),
             gate: Arc::default(),
             progress,
+            control: Arc::clone(&self.control),
+            replacement: OnceLock::new(),
             cancel: CancellationToken::new(),
         }
     }
@@ -199,7 +222,8 @@ impl Clones {
         // A clone that had been installed when the cancel came is there, and says so.
         let clone = job.status.finish(&result, cancelled);
         match &result {
-            Ok(()) => info!(bytes = clone.verified_bytes, "clone completed"),
+            Ok(End::Completed) => info!(bytes = clone.verified_bytes, "clone completed"),
+            Ok(End::AwaitsInstall) => info!("clone waits for its server to be stopped"),
             Err(_) if cancelled => info!("clone cancelled"),
             Err(failure) => error!(
                 reason = %failure.reason,
@@ -213,12 +237,15 @@ impl Clones {
         }
         let mut table = self.lock();
         match &result {
-            Ok(()) => table.counts.completed += 1,
+            Ok(_) => table.counts.completed += 1,
             Err(_) if cancelled => table.counts.cancelled += 1,
             Err(_) => table.counts.failed += 1,
         }
         table.running = None;
         table.bytes.add(&job.progress);
+        if let Some(replacement) = job.replacement.get().filter(|i| i.place.staging.exists()) {
+            table.installs.insert(clone.name.clone(), Arc::clone(replacement));
+        }
         table.past.insert(clone.name.clone(), clone);
         while table.past.len() > CLONES_MAX {
             if let Some((name, _)) = table.past.pop_first() {
@@ -234,8 +261,8 @@ impl Clones {
     /// A clone by name; `clones/-` is the newest.
     pub fn get(&self, name: &str) -> Result<pb::Clone, Failure> {
         let table = self.lock();
-        if let Some(job) = running(&table, name) {
-            return Ok(job.status.clone_resource());
+        if let Some(running) = running(&table, name) {
+            return Ok(running.status.clone_resource());
         }
         let past = match name {
             "clones/-" => table.past.last_key_value().map(|(_, clone)| clone),
@@ -249,7 +276,7 @@ impl Clones {
         &self,
         name: &str,
     ) -> Result<(pb::Clone, Option<watch::Receiver<pb::Clone>>), Failure> {
-        let receiver = running(&self.lock(), name).map(|job| job.status.watch());
+        let receiver = running(&self.lock(), name).map(|running| running.status.watch());
         match receiver {
             Some(receiver) => {
                 let clone = receiver.borrow().clone();
@@ -263,10 +290,14 @@ impl Clones {
     #[must_use]
     pub fn list(&self, before: Option<&str>, count: usize) -> Vec<pb::Clone> {
         let table = self.lock();
-        let running = table.running.as_ref().map(|job| job.status.clone_resource());
+        let running = table.running.as_ref().map(|running| running.status.clone_resource());
+        let is_running = running.as_ref().map(|clone| clone.name.clone());
         running
             .into_iter()
             .chain(table.past.values().rev().cloned())
+            .enumerate()
+            .filter(|(i, clone)| *i == 0 || is_running.as_ref() != Some(&clone.name))
+            .map(|(_, clone)| clone)
             .filter(|clone| before.is_none_or(|before| clone.name.as_str() < before))
             .take(count)
             .collect()
@@ -274,12 +305,17 @@ impl Clones {
 
     /// Cancels a clone.
     pub fn cancel(&self, name: &str) -> Result<pb::Clone, Failure> {
-        let job = running(&self.lock(), name).cloned();
-        if let Some(job) = job {
-            job.cancel.cancel();
-            return Ok(job.status.clone_resource());
+        let running = running(&self.lock(), name).cloned();
+        if let Some(running) = running {
+            if let Some(job) = running.job {
+                job.cancel.cancel();
+            }
+            return Ok(running.status.clone_resource());
         }
         let clone = self.get(name)?;
+        if clone.state == i32::from(pb::State::AwaitingInstall) {
+            return self.cancel_waiting(clone);
+        }
         if clone.state == i32::from(pb::State::Cancelled) {
             return Ok(clone);
         }
@@ -301,7 +337,7 @@ impl Clones {
     }
 
     fn set_paused(&self, name: &str, paused: bool) -> Result<pb::Clone, Failure> {
-        let job = running(&self.lock(), name).cloned();
+        let job = running(&self.lock(), name).and_then(|running| running.job.clone());
         let Some(job) = job else {
             let clone = self.get(name)?;
             let state = pb::State::try_from(clone.state).unwrap_or_default().as_str_name();
@@ -321,7 +357,7 @@ impl Clones {
     /// The clone that runs.
     #[must_use]
     pub fn running(&self) -> Option<pb::Clone> {
-        self.lock().running.as_ref().map(|job| job.status.clone_resource())
+        self.lock().running.as_ref().map(|running| running.status.clone_resource())
     }
 
     /// Clones counted since the start.
@@ -335,7 +371,7 @@ impl Clones {
     pub fn byte_totals(&self) -> ByteTotals {
         let table = self.lock();
         let mut totals = table.bytes;
-        if let Some(job) = &table.running {
+        if let Some(job) = table.running.as_ref().and_then(|running| running.job.as_ref()) {
             totals.add(&job.progress);
         }
         totals
@@ -348,7 +384,7 @@ impl Clones {
             table.draining = true;
             table.running.clone()
         };
-        if let Some(job) = running {
+        if let Some(job) = running.and_then(|running| running.job) {
             job.cancel.cancel();
         }
         self.tasks.close();
@@ -360,10 +396,32 @@ impl Clones {
     }
 }
 
-fn running<'a>(table: &'a Table, name: &str) -> Option<&'a Arc<CloneJob>> {
-    let job = table.running.as_ref()?;
-    let matches = name == "clones/-" || name.strip_prefix("clones/") == Some(job.id.as_str());
-    matches.then_some(job)
+fn running<'a>(table: &'a Table, name: &str) -> Option<&'a Running> {
+    let running = table.running.as_ref()?;
+    let matches = name == "clones/-" || name.strip_prefix("clones/") == Some(running.id.as_str());
+    matches.then_some(running)
+}
+
+/// One clone or install at a time.
+fn refuse_if_busy(table: &Table) -> Result<(), Failure> {
+    if table.draining {
+        let text = "the recipient is shutting down";
+        return Err(Failure::new(Code::Unavailable, "DRAINING", text));
+    }
+    let Some(running) = &table.running else {
+        return Ok(());
+    };
+    let name = running.status.clone_resource().name;
+    Err(Failure::new(
+        Code::Aborted,
+        "CLONE_IN_PROGRESS",
+        format!(
+            "Too many concurrent clone operations. Maximum allowed - 1. {name} is running; wait \
+             for it, or cancel it"
+        ),
+    )
+    .mysql(3634)
+    .with("clone", name))
 }
 
 /// The clone that the same request id has started; a different request under it is an error.
@@ -371,7 +429,7 @@ fn known_request(table: &Table, request: &CloneRequest) -> Result<Option<pb::Clo
     if request.request_id.is_empty() {
         return Ok(None);
     }
-    let running = table.running.as_ref().map(|job| job.status.clone_resource());
+    let running = table.running.as_ref().map(|running| running.status.clone_resource());
     let known = running
         .into_iter()
         .chain(table.past.values().rev().cloned())
@@ -396,36 +454,4 @@ fn unknown(name: &str) -> Failure {
         "UNKNOWN_CLONE",
         format!("`{shown}` is no clone of this recipient; `marcot list` shows them"),
     )
-}
-
-/// A stop of the service ended this clone: its staging goes, its record says how it ended.
-fn clear_up(clone: &mut pb::Clone) {
-    use std::os::unix::ffi::OsStrExt as _;
-    let id = clone.name.rsplit('/').next().unwrap_or_default().to_owned();
-    let target = Path::new(std::ffi::OsStr::from_bytes(&clone.destination));
-    let mut end = pb::State::Failed;
-    if target.parent().is_some() && Uuid::parse_str(&id).is_ok() {
-        let staging = staging_directory(target, &id);
-        // The tree has left its staging directory by the one rename that installs it.
-        if staging.is_dir() && !staging.join("tree").exists() && target.is_dir() {
-            end = pb::State::Completed;
-        }
-        let older = older_directory(target, &id);
-        match Staging::remove(&staging).and_then(|()| Staging::remove(&older)) {
-            Ok(()) => info!(clone = %id, "cleared up after a clone that a stop has ended"),
-            Err(failure) => warn!(clone = %id, error = %failure, "staging directory is left"),
-        }
-    }
-    clone.state = end.into();
-    clone.end_time = Some(time::timestamp(SystemTime::now()));
-    clone.eta = None;
-    if end == pb::State::Failed {
-        clone.error = Some(interrupted());
-    }
-    for row in &mut clone.stages {
-        if row.state == i32::from(pb::State::InProgress) {
-            row.state = end.into();
-            row.end_time = clone.end_time;
-        }
-    }
 }

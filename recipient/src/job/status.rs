@@ -16,7 +16,8 @@ use marcot_proto::{
 };
 use tokio::sync::watch;
 
-use crate::progress::Progress;
+use super::End;
+use crate::{install::replacement::Replacement, progress::Progress, server_control::not_managed};
 
 /// Rates are means over this long: shorter ones jump with every sync of the disk.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
@@ -40,6 +41,8 @@ pub struct CloneStatus {
     state: Mutex<Tracked>,
     published: watch::Sender<pb::Clone>,
     progress: Arc<Progress>,
+    /// Whether `progress` speaks of this clone; after a restart its resource says what it was.
+    counts: bool,
 }
 
 #[derive(Debug)]
@@ -73,7 +76,20 @@ impl CloneStatus {
             samples: VecDeque::new(),
             last_move: Instant::now(),
         };
-        Self { state: Mutex::new(state), published, progress }
+        Self { state: Mutex::new(state), published, progress, counts: true }
+    }
+
+    /// A clone whose install goes on after a restart of the recipient.
+    #[must_use]
+    pub fn again(clone: pb::Clone) -> Self {
+        let (published, _) = watch::channel(clone.clone());
+        let state = Tracked {
+            clone,
+            stage_base: (0, 0),
+            samples: VecDeque::new(),
+            last_move: Instant::now(),
+        };
+        Self { state: Mutex::new(state), published, progress: Arc::default(), counts: false }
     }
 
     /// The resource as last published.
@@ -186,6 +202,12 @@ impl CloneStatus {
         });
     }
 
+    /// Sets where the install stands.
+    pub fn set_install(&self, replacement: &Replacement) {
+        let install = replacement.to_wire();
+        self.update(|clone| clone.install = Some(install));
+    }
+
     /// Sets what the finished copy is consistent with.
     pub fn set_consistency(&self, advanced: &Advanced) {
         self.update(|clone| {
@@ -203,7 +225,7 @@ impl CloneStatus {
     }
 
     /// The clone has ended. Returns its last state, which nobody has been told yet: see `tell`.
-    pub fn finish(&self, result: &Result<(), Failure>, cancelled: bool) -> pb::Clone {
+    pub fn finish(&self, result: &Result<End, Failure>, cancelled: bool) -> pb::Clone {
         let mut state = self.lock();
         self.settle(&mut state);
         let now = Some(time::timestamp(SystemTime::now()));
@@ -212,13 +234,16 @@ impl CloneStatus {
         clone.eta = None;
         clone.stall_reason.clear();
         let end = match result {
-            Ok(()) => pb::State::Completed,
+            Ok(End::Completed) => pb::State::Completed,
+            Ok(End::AwaitsInstall) => pb::State::AwaitingInstall,
             Err(_) if cancelled => pb::State::Cancelled,
             Err(_) => pb::State::Failed,
         };
         clone.state = end.into();
-        if let Err(failure) = result {
-            clone.error = Some(failure.to_wire());
+        match result {
+            Ok(End::Completed) => clone.error = None,
+            Ok(End::AwaitsInstall) => clone.error = Some(awaits_install(clone).to_wire()),
+            Err(failure) => clone.error = Some(failure.to_wire()),
         }
         for row in &mut clone.stages {
             row.data_speed = 0;
@@ -248,6 +273,9 @@ impl CloneStatus {
 
     /// Brings the rows up to the counters.
     fn settle(&self, state: &mut Tracked) {
+        if !self.counts {
+            return;
+        }
         let progress = &self.progress;
         let (data, network) = (progress.data_bytes.get(), progress.network_bytes.get());
         let now = Instant::now();
@@ -336,6 +364,24 @@ pub fn is_final(state: i32) -> bool {
         pb::State::try_from(state),
         Ok(pb::State::Completed | pb::State::Failed | pb::State::Cancelled | pb::State::RolledBack)
     )
+}
+
+/// Whether nothing more becomes of a clone by itself: it is final, or waits for a person.
+#[must_use]
+pub fn is_over(state: i32) -> bool {
+    is_final(state) || state == i32::from(pb::State::AwaitingInstall)
+}
+
+/// What a clone waits for, and what to type.
+fn awaits_install(clone: &pb::Clone) -> Failure {
+    let failure = not_managed();
+    let id = clone.name.rsplit('/').next().unwrap_or_default();
+    let message = format!(
+        "{}; the clone is whole and waits: stop the server, run `marcot install {id}`, and start \
+         the server",
+        failure.message
+    );
+    Failure { message, ..failure }
 }
 
 /// The pseudo-error of a clone that a restart of the recipient has ended.

@@ -7,6 +7,7 @@ use marcot_proto::recipient::v1::CloneLocalRequest;
 use tempfile::TempDir;
 
 use super::*;
+use crate::settings::InstallSettings;
 
 /// A directory with `data`, the recipient's own data directory, in it.
 struct Home {
@@ -27,6 +28,7 @@ impl Home {
             concurrency: 1,
             entries_max: 1,
             donor_timeout: std::time::Duration::ZERO,
+            install: InstallSettings::default(),
         };
         Self { directory, settings }
     }

@@ -397,6 +397,27 @@ impl RecipientService for Mock {
         Err(Failure::unimplemented("AcceptClone").into())
     }
 
+    async fn install_clone(
+        &self,
+        _: Request<pb::InstallCloneRequest>,
+    ) -> Answer<pb::InstallCloneResponse> {
+        Err(Failure::unimplemented("InstallClone").into())
+    }
+
+    async fn list_leftovers(
+        &self,
+        _: Request<pb::ListLeftoversRequest>,
+    ) -> Answer<pb::ListLeftoversResponse> {
+        Err(Failure::unimplemented("ListLeftovers").into())
+    }
+
+    async fn delete_leftover(
+        &self,
+        _: Request<pb::DeleteLeftoverRequest>,
+    ) -> Answer<pb::DeleteLeftoverResponse> {
+        Err(Failure::unimplemented("DeleteLeftover").into())
+    }
+
     async fn verify_clone(
         &self,
         _: Request<pb::VerifyCloneRequest>,

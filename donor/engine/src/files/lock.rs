@@ -4,9 +4,9 @@
 //! data directory: were it to, closing any descriptor of that file, as done here after each look,
 //! would drop it.
 
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 
-use marcot_common::{failure::Failure, path::RelativePath};
+use marcot_common::{failure::Failure, file_lock, path::RelativePath};
 use rustix::{
     fs::{FileType, Mode},
     io::Errno,
@@ -69,7 +69,7 @@ fn holder(directory: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<Option<i
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Ok(None);
     }
-    fcntl_lock::holder(fd.as_raw_fd())
+    file_lock::holder(fd.as_fd())
 }
 
 fn server_running(tree: &Tree, path: &RelativePath, pid: i32) -> Failure {
@@ -89,37 +89,4 @@ fn server_running(tree: &Tree, path: &RelativePath, pid: i32) -> Failure {
     )
     .with("path", path)
     .with("pid", pid)
-}
-
-/// rustix's own call takes a holder's pid of -1 (open-file-description locks) for impossible.
-#[expect(unsafe_code, reason = "fcntl takes a pointer; no safe wrapper handles all holders")]
-mod fcntl_lock {
-    use std::os::fd::RawFd;
-
-    use rustix::io::Errno;
-
-    /// The process whose lock on any byte of `fd` stands against a write lock; 0 or less when it
-    /// has no number here.
-    pub(crate) fn holder(fd: RawFd) -> rustix::io::Result<Option<i32>> {
-        match query(fd, libc::F_OFD_GETLK) {
-            // Sandboxes such as gVisor do not know it.
-            Err(Errno::INVAL) => query(fd, libc::F_GETLK),
-            other => other,
-        }
-    }
-
-    fn query(fd: RawFd, command: libc::c_int) -> rustix::io::Result<Option<i32>> {
-        // SAFETY: `flock` is plain integers, for which zero is a value. A length of 0 means to the
-        // end of the file; the OFD call demands a pid of 0.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        lock.l_type = libc::F_WRLCK as libc::c_short;
-        lock.l_whence = libc::SEEK_SET as libc::c_short;
-        // SAFETY: `lock` lives across the call, and both commands take a `flock` to write to.
-        let result = unsafe { libc::fcntl(fd, command, &raw mut lock) };
-        if result == -1 {
-            let error = std::io::Error::last_os_error();
-            return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-        }
-        Ok((lock.l_type != libc::F_UNLCK as libc::c_short).then_some(lock.l_pid))
-    }
 }

@@ -117,11 +117,12 @@ fn sockets_pid_files_and_marcots_own_are_left_out_and_counted() {
     fixture.write(".marcot-staging-1/x", "");
     fixture.write("db.pid/t", "a directory stays");
     fixture.write("db/.marcot-file", "a file stays");
+    fixture.write(".marcot-generation", "of this directory and no other");
     let snapshot = fixture.open().unwrap();
     let expected = ["db", "db/.marcot-file", "db.pid", "db.pid/t"];
     assert_eq!(paths(&list(&*snapshot, 1)), expected);
     let left_out: Vec<_> = snapshot.left_out().into_iter().collect();
-    let expected = [("marcot", 1), ("pid_file", 1), ("socket", 2)];
+    let expected = [("marcot", 2), ("pid_file", 1), ("socket", 2)];
     assert_eq!(left_out, expected.map(|(k, n)| (k.to_owned(), n)));
     drop(sockets);
 }

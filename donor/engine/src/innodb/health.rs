@@ -1,0 +1,83 @@
+//! Whether a server that has just started on a data directory is whole: it answers, all schemas are
+//! there, and the first row of every table can be read.
+
+use marcot_common::failure::Failure;
+
+use super::server::{DatabaseConfig, Row, Server, Session};
+
+/// Engines whose tables lie elsewhere, or nowhere: a read says nothing of this server.
+const REMOTE_ENGINES: [&str; 4] = ["FEDERATED", "SPIDER", "CONNECT", "PERFORMANCE_SCHEMA"];
+
+/// Schemas that a server makes up itself.
+const VIRTUAL_SCHEMAS: [&str; 3] = ["information_schema", "performance_schema", "sys"];
+
+/// What a healthy server has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerHealth {
+    /// Its version.
+    pub version: String,
+    /// Schemas that it shows.
+    pub schemas: u64,
+    /// Tables of which the first row was read.
+    pub tables_read: u64,
+}
+
+/// Whether the server answers at all.
+pub fn answers(config: &DatabaseConfig) -> Result<(), Failure> {
+    let mut session = Server::new(config)?.connect()?;
+    session.execute("SELECT 1").map_err(|e| e.failure("ask the server"))
+}
+
+/// Reads the first row of every table. `schemas` are names that must be there.
+pub fn check(config: &DatabaseConfig, schemas: &[String]) -> Result<ServerHealth, Failure> {
+    let mut session = Server::new(config)?.connect()?;
+    let present = texts(&mut session, "SHOW DATABASES")?;
+    let is_lost =
+        |schema: &&String| !present.iter().any(|name| name.eq_ignore_ascii_case(schema.as_str()));
+    if let Some(lost) = schemas.iter().find(is_lost) {
+        return Err(unhealthy(format!(
+            "schema {lost} has a directory, and the server does not show it"
+        )));
+    }
+    let version = texts(&mut session, "SELECT VERSION()")?.concat();
+    let rows = session
+        .rows(
+            "SELECT TABLE_SCHEMA, TABLE_NAME, ENGINE, TABLE_COMMENT FROM information_schema.TABLES \
+             WHERE TABLE_TYPE = 'BASE TABLE'",
+        )
+        .map_err(|e| e.failure("list the tables"))?;
+    let mut tables_read = 0;
+    for row in &rows {
+        let (schema, table, engine) = (row.text(0), row.text(1), row.text(2).to_uppercase());
+        if VIRTUAL_SCHEMAS.contains(&schema.as_str()) || REMOTE_ENGINES.contains(&&*engine) {
+            continue;
+        }
+        if engine.is_empty() {
+            return Err(unhealthy(format!("{schema}.{table} cannot be opened: {}", row.text(3))));
+        }
+        let sql = format!("SELECT * FROM {}.{} LIMIT 1", quoted(&schema), quoted(&table));
+        session
+            .rows(&sql)
+            .map_err(|e| unhealthy(format!("the first row of {schema}.{table}: {e}")))?;
+        tables_read += 1;
+    }
+    if tables_read == 0 {
+        return Err(unhealthy(
+            "the account sees no table; it needs SELECT on *.* in the clone as well".to_owned(),
+        ));
+    }
+    Ok(ServerHealth { version, schemas: present.len() as u64, tables_read })
+}
+
+fn texts(session: &mut Session, sql: &str) -> Result<Vec<String>, Failure> {
+    let rows = session.rows(sql).map_err(|e| e.failure("ask the server"))?;
+    Ok(rows.iter().map(|row: &Row| row.text(0)).collect())
+}
+
+fn quoted(name: &str) -> String {
+    format!("`{}`", name.replace('`', "``"))
+}
+
+fn unhealthy(why: String) -> Failure {
+    Failure::precondition("SERVER_NOT_HEALTHY", why)
+}

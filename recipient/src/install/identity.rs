@@ -1,0 +1,100 @@
+//! What makes a server itself and not its donor: it stays the recipient's (R13).
+//!
+//! Names as MySQL 8.0's and MariaDB's manuals give them: the server's UUID, its persisted
+//! variables, and the keys and certificates that it has made for itself.
+
+use std::{
+    fs::{File, Permissions},
+    io,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use marcot_common::failure::Failure;
+
+/// Files at the top of a data directory that are the server's own.
+const FILES: [&str; 11] = [
+    "auto.cnf",
+    "mysqld-auto.cnf",
+    "component_keyring_file",
+    "ca.pem",
+    "ca-key.pem",
+    "server-cert.pem",
+    "server-key.pem",
+    "client-cert.pem",
+    "client-key.pem",
+    "private_key.pem",
+    "public_key.pem",
+];
+
+/// Largest file that is taken for one of them: a keyring of thousands of keys.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// Makes the new tree's identity that of the old tree; durable when this returns.
+pub fn carry(old: &Path, new: &Path) -> Result<(), Failure> {
+    for name in FILES {
+        let (from, to) = (old.join(name), new.join(name));
+        match from.symlink_metadata() {
+            Ok(metadata) if metadata.is_file() && metadata.len() <= FILE_BYTES_MAX => {
+                copy(&from, &to, &metadata).map_err(|e| Failure::io("carry over", &from, &e))?;
+            }
+            Ok(_) => {
+                return Err(Failure::precondition(
+                    "IDENTITY_FILE",
+                    format!(
+                        "{} is no regular file of at most {FILE_BYTES_MAX} bytes, so it cannot be \
+                         carried over to the clone; make it one, or move it away",
+                        from.display()
+                    ),
+                ));
+            }
+            // The donor's must not stay in its place.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match std::fs::remove_file(&to) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Failure::io("remove", &to, &e)),
+            },
+            Err(e) => return Err(Failure::io("look at", &from, &e)),
+        }
+    }
+    let sync = || File::open(new)?.sync_all();
+    sync().map_err(|e| Failure::io("sync directory", new, &e))
+}
+
+fn copy(from: &Path, to: &Path, metadata: &std::fs::Metadata) -> io::Result<()> {
+    match std::fs::remove_file(to) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    std::fs::copy(from, to)?;
+    let file = File::open(to)?;
+    std::os::unix::fs::fchown(&file, Some(metadata.uid()), Some(metadata.gid()))?;
+    file.set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards R13: the recipient's files win, and the donor's never come with the clone.
+    #[test]
+    fn the_recipients_identity_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+        for tree in [&old, &new] {
+            std::fs::create_dir(tree).unwrap();
+        }
+        std::fs::write(old.join("auto.cnf"), "mine").unwrap();
+        std::fs::write(new.join("auto.cnf"), "the donor's").unwrap();
+        std::fs::write(new.join("server-key.pem"), "the donor's").unwrap();
+        std::fs::write(old.join("server-cert.pem"), "mine").unwrap();
+        std::fs::write(new.join("ibdata1"), "data").unwrap();
+        carry(&old, &new).unwrap();
+        assert_eq!(std::fs::read_to_string(new.join("auto.cnf")).unwrap(), "mine");
+        assert_eq!(std::fs::read_to_string(new.join("server-cert.pem")).unwrap(), "mine");
+        assert!(!new.join("server-key.pem").exists());
+        assert!(new.join("ibdata1").exists());
+        assert_eq!(std::fs::read_to_string(old.join("auto.cnf")).unwrap(), "mine");
+    }
+}

@@ -1,0 +1,115 @@
+//! How a server that has just started shows that it is whole.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use marcot_common::failure::Failure;
+use marcot_engine::{DatabaseConfig, innodb::health};
+use tonic::Code;
+
+use super::{Health, hooks::run_command};
+use crate::source::blocking;
+
+/// Between two questions to a server that does not answer yet.
+const ASK_PAUSE: Duration = Duration::from_millis(250);
+
+/// Longest life of a health command.
+const COMMAND_MAX: Duration = Duration::from_secs(60);
+
+/// Longest wait for the health of a server that answers: what is wrong then stays wrong.
+const ANSWERING_MAX: Duration = Duration::from_secs(30);
+
+/// What is asked.
+#[derive(Debug, Clone)]
+pub struct HealthCheck {
+    /// A command that ends with 0 once the server is healthy; it is asked instead of the database.
+    pub command: Option<String>,
+    /// How the database is reached.
+    pub database: DatabaseConfig,
+    /// Its data directory, whose schemas must be there.
+    pub data_directory: PathBuf,
+}
+
+impl HealthCheck {
+    /// Asks until the server is healthy. `ended` tells when there is no use in asking on.
+    pub async fn wait(
+        &self,
+        limit: Duration,
+        ended: impl Fn() -> Option<Failure> + Send + Sync,
+    ) -> Result<Health, Failure> {
+        let begun = Instant::now();
+        let mut answering: Option<Instant> = None;
+        loop {
+            let failure = match self.ask().await {
+                Ok(health) => return Ok(Health { took: begun.elapsed(), ..health }),
+                Err(failure) => failure,
+            };
+            if let Some(ended) = ended() {
+                return Err(ended);
+            }
+            if failure.reason != "DATABASE_UNREACHABLE" && failure.reason != "DATABASE_LOST" {
+                answering.get_or_insert_with(Instant::now);
+            }
+            let waited = answering.map_or(Duration::ZERO, |since| since.elapsed());
+            if begun.elapsed() >= limit || waited >= ANSWERING_MAX {
+                return Err(Failure::new(
+                    Code::Unavailable,
+                    "SERVER_NOT_HEALTHY",
+                    format!(
+                        "the server on {} was not healthy after {} s: {}",
+                        self.data_directory.display(),
+                        begun.elapsed().as_secs(),
+                        failure.message
+                    ),
+                ));
+            }
+            tokio::time::sleep(ASK_PAUSE).await;
+        }
+    }
+
+    async fn ask(&self) -> Result<Health, Failure> {
+        if let Some(command) = &self.command {
+            run_command(command, COMMAND_MAX, |_| {}).await?;
+            return Ok(Health::default());
+        }
+        let (database, directory) = (self.database.clone(), self.data_directory.clone());
+        blocking(move || {
+            let health = health::check(&database, &schemas(&directory))?;
+            Ok(Health {
+                version: health.version,
+                schemas: health.schemas,
+                tables_read: health.tables_read,
+                took: Duration::ZERO,
+            })
+        })
+        .await
+    }
+}
+
+/// Schemas that have a directory, those with names that are written as they are.
+fn schemas(data_directory: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(data_directory) else {
+        return Vec::new();
+    };
+    let is_plain =
+        |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '$');
+    entries
+        .flatten()
+        // Other directories (lost+found, undo, a log's) have neither of these.
+        .filter(|entry| is_schema(&entry.path()))
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(is_plain)
+        .collect()
+}
+
+fn is_schema(directory: &Path) -> bool {
+    if directory.join("db.opt").exists() {
+        return true;
+    }
+    let Ok(mut files) = std::fs::read_dir(directory) else {
+        return false;
+    };
+    files.any(|file| file.is_ok_and(|file| file.path().extension().is_some_and(|e| e == "frm")))
+}

@@ -1,0 +1,240 @@
+//! Runs a database server as its child: `marcot-recipient supervise -- mariadbd ...`.
+//!
+//! ```text
+//! stopped -- start --> running -- stop, SIGTERM --> stopping --> stopped
+//!                         |
+//!                         `-- ends by itself --> waiting (back-off) --> running, or the end
+//! ```
+//! One task owns the child (`actor`); everything else sends it requests. The child has a process
+//! group of its own, so that a signal reaches the server behind an entrypoint script as well.
+
+mod actor;
+mod back_off;
+pub mod children;
+mod output;
+pub mod reaper;
+
+use std::{
+    ffi::OsString,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use marcot_common::failure::Failure;
+use rustix::process::Signal;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use self::output::Output;
+use self::{actor::Actor, back_off::RestartPolicy};
+use crate::{
+    install::locks::server_on,
+    server_control::{FirstStart, Health, ServerControl, health::HealthCheck},
+};
+
+/// Arguments of a first start: nobody reaches the server over the network, and it does nothing by
+/// itself (R12, R13). MariaDB and MySQL know them all.
+const FIRST_ARGUMENTS: [&str; 3] =
+    ["--skip-networking", "--skip-slave-start", "--event-scheduler=OFF"];
+
+/// Arguments of a start on a clone that has answered and is not accepted (R13).
+const OPENED_ARGUMENTS: [&str; 2] = ["--skip-slave-start", "--event-scheduler=OFF"];
+
+/// Requests that may wait for the task that owns the child: one caller at a time sends any.
+const REQUESTS_MAX: usize = 8;
+
+/// After the child has ended, how long another process of its server may hold its locks.
+const LOCKS_MAX: Duration = Duration::from_secs(10);
+
+/// Between two looks at them.
+const LOOK_PAUSE: Duration = Duration::from_millis(50);
+
+/// What becomes of a server that ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Restart {
+    /// It is started again, whatever its exit code.
+    Always,
+    /// It is started again after a signal or an exit code other than 0.
+    OnFailure,
+    /// This process ends with its exit code.
+    Never,
+}
+
+/// Settings of a supervisor.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The server's program and arguments.
+    pub command: Vec<OsString>,
+    /// Its data directory.
+    pub data_directory: PathBuf,
+    /// What becomes of a server that ends by itself.
+    pub restart: Restart,
+    /// Starts in a row, without a time of quiet, after which it is given up; `None`: never.
+    pub restart_limit: Option<u32>,
+    /// Longest clean stop for an install.
+    pub stop_timeout: Duration,
+    /// The server's error log, when it does not write to standard error.
+    pub error_log: Option<PathBuf>,
+    /// How it is asked for its health.
+    pub health: HealthCheck,
+}
+
+/// How a child stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// None runs: it was asked to stop, or a clone's first start has failed. The last exit code.
+    Stopped(u8),
+    /// It runs, with this process id.
+    Running(u32),
+    /// It has ended by itself, and is started again soon.
+    Waiting,
+    /// It has ended by itself, with this exit code, and is not started again.
+    Ended(u8),
+}
+
+/// What the task that owns the child is asked.
+#[derive(Debug)]
+enum Request {
+    Start(FirstStart, oneshot::Sender<Result<(), Failure>>),
+    Stop(oneshot::Sender<()>),
+    Signal(Signal),
+}
+
+/// A handle on the supervised server.
+#[derive(Debug, Clone)]
+pub struct Supervisor {
+    options: Arc<Options>,
+    requests: mpsc::Sender<Request>,
+    status: watch::Receiver<Status>,
+    output: Arc<Output>,
+}
+
+impl Supervisor {
+    /// A supervisor of a server that does not run yet.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        let options = Arc::new(options);
+        let output = Arc::new(Output::new(options.error_log.clone()));
+        let (requests, receiver) = mpsc::channel(REQUESTS_MAX);
+        let (sender, status) = watch::channel(Status::Stopped(0));
+        let policy = RestartPolicy::new(options.restart, options.restart_limit);
+        let actor = Actor::new(Arc::clone(&options), Arc::clone(&output), policy, sender);
+        tokio::spawn(actor.run(receiver));
+        Self { options, requests, status, output }
+    }
+
+    /// How the child stands, and what tells of its changes.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// Sends the child a signal, if one runs.
+    pub async fn signal(&self, signal: Signal) {
+        drop(self.requests.send(Request::Signal(signal)).await);
+    }
+
+    /// Ends the child: SIGTERM, and SIGKILL once `grace` is over. Returns its exit code.
+    pub async fn end(&self, grace: Duration) -> u8 {
+        if tokio::time::timeout(grace, self.stop_child()).await.is_err() {
+            tracing::warn!(
+                grace_seconds = grace.as_secs(),
+                "the server has not ended, it is killed"
+            );
+            self.signal(Signal::KILL).await;
+            self.stop_child().await;
+        }
+        match *self.status.borrow() {
+            Status::Ended(code) | Status::Stopped(code) => code,
+            Status::Running(_) | Status::Waiting => 1,
+        }
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    async fn stop_child(&self) {
+        let (done, ended) = oneshot::channel();
+        if self.requests.send(Request::Stop(done)).await.is_ok() {
+            // The task that owns the child ends with this process only.
+            drop(ended.await);
+        }
+    }
+
+    async fn start_child(&self, first: FirstStart) -> Result<(), Failure> {
+        let (done, started) = oneshot::channel();
+        let gone = || Failure::bug("the supervisor has stopped");
+        self.requests.send(Request::Start(first, done)).await.map_err(|_| gone())?;
+        started.await.map_err(|_| gone())?
+    }
+
+    /// The failure, with what the server has logged as errors.
+    fn with_log(&self, failure: Failure) -> Failure {
+        let lines = self.output.error_lines();
+        if lines.is_empty() {
+            return failure;
+        }
+        let message = format!("{}; the server's log says: {}", failure.message, lines.join(" | "));
+        Failure { message, ..failure }
+    }
+
+    fn ended(&self) -> Option<Failure> {
+        let code = match *self.status.borrow() {
+            Status::Running(_) | Status::Waiting => return None,
+            Status::Ended(code) | Status::Stopped(code) => code,
+        };
+        Some(Failure::precondition(
+            "SERVER_NOT_HEALTHY",
+            format!(
+                "the server on {} has ended with exit code {code}",
+                self.options.data_directory.display()
+            ),
+        ))
+    }
+}
+
+#[tonic::async_trait]
+impl ServerControl for Supervisor {
+    async fn stop(&self) -> Result<(), Failure> {
+        let limit = self.options.stop_timeout;
+        let too_long = |what: &str| {
+            Failure::precondition(
+                "SERVER_RUNNING",
+                format!("{what} {} s after it was asked to stop (--stop-timeout)", limit.as_secs()),
+            )
+        };
+        tokio::time::timeout(limit, self.stop_child())
+            .await
+            .map_err(|_| too_long("the server still runs"))?;
+        // A script in between may have ended before the server.
+        let begun = Instant::now();
+        while let Some(pid) = server_on(&self.options.data_directory) {
+            if begun.elapsed() >= LOCKS_MAX.min(limit) {
+                return Err(too_long(&format!("process {pid} still holds the server's locks")));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    async fn start(&self, first: FirstStart) -> Result<(), Failure> {
+        self.start_child(first).await
+    }
+
+    async fn wait_healthy(&self, limit: Duration) -> Result<Health, Failure> {
+        let result = self.options.health.wait(limit, || self.ended()).await;
+        result.map_err(|failure| self.with_log(failure))
+    }
+
+    async fn open(&self) -> Result<(), Failure> {
+        self.stop().await?;
+        self.start(FirstStart::Opened).await?;
+        self.wait_healthy(self.options.stop_timeout).await.map(drop)
+    }
+
+    fn manages(&self) -> bool {
+        true
+    }
+
+    fn kind(&self) -> &'static str {
+        "supervise"
+    }
+}

@@ -1,0 +1,219 @@
+//! The task that owns the child.
+
+use std::{
+    os::unix::process::ExitStatusExt as _,
+    process::{ExitStatus, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use marcot_common::failure::Failure;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::{
+    process::{Child, Command},
+    sync::{mpsc, oneshot, watch},
+};
+use tracing::{error, info, warn};
+
+use super::{
+    FIRST_ARGUMENTS, OPENED_ARGUMENTS, Options, Output, Request, Status,
+    back_off::RestartPolicy,
+    children::{self, OwnChild},
+};
+use crate::server_control::FirstStart;
+
+/// A running child.
+struct Running {
+    child: Child,
+    pid: u32,
+    since: Instant,
+    first: FirstStart,
+    _own: OwnChild,
+}
+
+pub(super) struct Actor {
+    options: Arc<Options>,
+    output: Arc<Output>,
+    policy: RestartPolicy,
+    status: watch::Sender<Status>,
+    running: Option<Running>,
+    /// Who waits for the child's end; it is not started again then.
+    stopping: Vec<oneshot::Sender<()>>,
+    /// When it is started again, and how.
+    restart: Option<(tokio::time::Instant, FirstStart)>,
+}
+
+impl Actor {
+    pub(super) fn new(
+        options: Arc<Options>,
+        output: Arc<Output>,
+        policy: RestartPolicy,
+        status: watch::Sender<Status>,
+    ) -> Self {
+        let stopping = Vec::new();
+        Self { options, output, policy, status, running: None, stopping, restart: None }
+    }
+
+    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        loop {
+            let at = self.restart.map(|(at, _)| at);
+            tokio::select! {
+                request = requests.recv() => match request {
+                    Some(request) => self.handle(request),
+                    None => return,
+                },
+                status = wait(&mut self.running) => self.ended(status),
+                () = sleep_until(at) => self.start_again(),
+            }
+        }
+    }
+
+    fn handle(&mut self, request: Request) {
+        match request {
+            Request::Start(first, done) => {
+                self.restart = None;
+                let result = match &self.running {
+                    Some(running) => Err(Failure::bug(format!(
+                        "the server runs already, as process {}",
+                        running.pid
+                    ))),
+                    None => self.spawn(first),
+                };
+                drop(done.send(result));
+            }
+            Request::Stop(done) => {
+                self.restart = None;
+                self.stopping.push(done);
+                if self.running.is_some() {
+                    self.signal(Signal::TERM);
+                } else {
+                    let code = match *self.status.borrow() {
+                        Status::Ended(code) | Status::Stopped(code) => code,
+                        Status::Running(_) | Status::Waiting => 0,
+                    };
+                    self.set_stopped(code);
+                }
+            }
+            Request::Signal(signal) => self.signal(signal),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = self.running.as_ref().and_then(|running| i32::try_from(running.pid).ok());
+        let Some(group) = pid.and_then(Pid::from_raw) else {
+            return;
+        };
+        info!(signal = signal.as_raw(), pid, "the server gets a signal");
+        if let Err(e) = kill_process_group(group, signal) {
+            warn!(error = %e, pid, "the signal did not reach the server");
+        }
+    }
+
+    fn spawn(&mut self, first: FirstStart) -> Result<(), Failure> {
+        let (program, arguments) = self.options.command.split_first().ok_or_else(|| {
+            Failure::invalid("NO_COMMAND", "supervise: the server's command is missing")
+        })?;
+        let more: &[&str] = match first {
+            FirstStart::Yes => &FIRST_ARGUMENTS,
+            FirstStart::Opened => &OPENED_ARGUMENTS,
+            FirstStart::No => &[],
+        };
+        self.output.begin();
+        let mut command = Command::new(program);
+        command.args(arguments).args(more).process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (mut child, own) = children::spawn(&mut command).map_err(|e| {
+            Failure::precondition(
+                "SERVER_START",
+                format!("start {}: {e}; check the command after `--`", program.display()),
+            )
+        })?;
+        if let Some(stdout) = child.stdout.take() {
+            let output = Arc::clone(&self.output);
+            tokio::spawn(async move { output.follow(stdout).await });
+        }
+        if let Some(stderr) = child.stderr.take() {
+            let output = Arc::clone(&self.output);
+            tokio::spawn(async move { output.follow(stderr).await });
+        }
+        let pid = child.id().unwrap_or(0);
+        info!(pid, start = first.name(), program = %program.display(), "the server is started");
+        self.running = Some(Running { child, pid, since: Instant::now(), first, _own: own });
+        self.set(Status::Running(pid));
+        Ok(())
+    }
+
+    fn ended(&mut self, status: std::io::Result<ExitStatus>) {
+        let Some(running) = self.running.take() else { return };
+        let code = match status {
+            Ok(status) => exit_code(status),
+            Err(e) => {
+                error!(error = %e, "the server cannot be waited for");
+                1
+            }
+        };
+        let ran = running.since.elapsed();
+        info!(pid = running.pid, code, ran_seconds = ran.as_secs(), "the server has ended");
+        if !self.stopping.is_empty() {
+            self.set_stopped(code);
+            return;
+        }
+        // A clone that has not answered yet is given up by who has started it.
+        if running.first == FirstStart::Yes {
+            self.set(Status::Stopped(code));
+            return;
+        }
+        match self.policy.after(code, ran) {
+            Some(pause) => {
+                warn!(code, pause_seconds = pause.as_secs(), "the server is started again");
+                self.restart = Some((tokio::time::Instant::now() + pause, running.first));
+                self.set(Status::Waiting);
+            }
+            None => self.set(Status::Ended(code)),
+        }
+    }
+
+    fn start_again(&mut self) {
+        let Some((_, first)) = self.restart.take() else { return };
+        if let Err(failure) = self.spawn(first) {
+            error!(error = %failure, "the server could not be started again");
+            match self.policy.after(1, Duration::ZERO) {
+                Some(pause) => self.restart = Some((tokio::time::Instant::now() + pause, first)),
+                None => self.set(Status::Ended(1)),
+            }
+        }
+    }
+
+    fn set_stopped(&mut self, code: u8) {
+        self.set(Status::Stopped(code));
+        for done in self.stopping.drain(..) {
+            // Whoever asked may have stopped waiting.
+            done.send(()).ok();
+        }
+    }
+
+    fn set(&self, status: Status) {
+        self.status.send_replace(status);
+    }
+}
+
+/// The child's end; never, while there is none.
+async fn wait(running: &mut Option<Running>) -> std::io::Result<ExitStatus> {
+    match running {
+        Some(running) => running.child.wait().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// As shells have it: 128 and the signal's number for a process that one has ended.
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}

@@ -1,0 +1,198 @@
+//! A server whose data a clone replaces: its own data hold the mark `old`, the donor's `new`.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use marcot_proto::recipient::v1::{
+    Clone, CloneInstanceRequest, CloneOptions, recipient_service_client::RecipientServiceClient,
+};
+use tonic::transport::Channel;
+
+use crate::{
+    Donor, Recipient,
+    client::wait_for_end,
+    mariadb::{self, MariaDb, Options, Version},
+    new_directory, recipient, wait_for,
+};
+
+/// Rows of each table: some pages of each.
+const ROWS: u32 = 2000;
+
+/// All of it.
+pub struct Site {
+    /// How the server is started.
+    pub options: Options,
+    /// Its data directory.
+    pub data: PathBuf,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// A donor of a stopped server's data.
+    pub donor: Donor,
+    /// Last: what is in it is shown when a test fails.
+    pub home: tempfile::TempDir,
+}
+
+impl Site {
+    /// Makes both data directories, and starts the donor.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::with_donor_changed_by(|_| {})
+    }
+
+    /// As `new`, with the donor's data directory changed before it is served.
+    #[must_use]
+    pub fn with_donor_changed_by(change: impl FnOnce(&Path)) -> Self {
+        let home = new_directory();
+        let options = Options { port: Some(mariadb::free_port()), accounts: true, ..options() };
+        let (data, source) = (home.path().join("own"), home.path().join("source"));
+        mariadb::install_with(&data, &options);
+        let server = MariaDb::start_with(home.path(), &data, &options);
+        drop(server.query(&format!(
+            "CREATE USER app@'127.0.0.1' IDENTIFIED BY 'app'; \
+             GRANT ALL PRIVILEGES ON *.* TO app@'127.0.0.1'; \
+             CREATE DATABASE app; CREATE TABLE app.mark (mark TEXT) ENGINE=InnoDB; \
+             INSERT INTO app.mark VALUES ('old'); \
+             CREATE TABLE app.rows (id INT PRIMARY KEY, mark TEXT, filler TEXT) ENGINE=InnoDB; \
+             INSERT INTO app.rows SELECT seq, 'old', REPEAT('x', 200) FROM app.seq_1_to_{ROWS}; \
+             CREATE TABLE app.aria (id INT PRIMARY KEY, mark TEXT) ENGINE=Aria; \
+             INSERT INTO app.aria SELECT seq, 'old' FROM app.seq_1_to_{ROWS}"
+        )));
+        server.stop();
+        copy_tree(&data, &source);
+        let server = MariaDb::start_with(home.path(), &source, &options);
+        drop(server.query(
+            "UPDATE app.mark SET mark='new'; UPDATE app.rows SET mark='new'; \
+             UPDATE app.aria SET mark='new'; CREATE DATABASE only_new; \
+             CREATE TABLE only_new.t (id INT) ENGINE=InnoDB",
+        ));
+        server.stop();
+        change(&source);
+        let donor = Donor::start(home.path(), &source, &[]);
+        Self { options, data, socket: mariadb::new_socket(), donor, home }
+    }
+
+    /// A path in the directory of it all.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    /// The server's command.
+    #[must_use]
+    pub fn command(&self) -> Vec<String> {
+        mariadb::command_line(&self.data, &self.options, &self.socket)
+    }
+
+    /// A recipient that supervises the server, with more options.
+    #[must_use]
+    pub fn supervise(&self, options: &[&str]) -> Recipient {
+        let (data, socket) = (self.data.display().to_string(), self.socket.display().to_string());
+        let mut all = vec!["--data-directory", &data, "--database-socket", &socket];
+        all.extend(["--database-user", "root", "--recovery-timeout", "60s"]);
+        all.extend(options);
+        let recipient = Recipient::supervise(self.home.path(), &all, &self.command());
+        self.wait_for_server();
+        recipient
+    }
+
+    /// Waits until the server answers.
+    pub fn wait_for_server(&self) {
+        wait_for("the server to answer", || mariadb::ask(&self.socket, "SELECT 1").ok());
+    }
+
+    /// Asks the server.
+    #[must_use]
+    pub fn ask(&self, sql: &str) -> String {
+        mariadb::ask(&self.socket, sql).unwrap_or_else(|e| panic!("{sql}: {e}"))
+    }
+
+    /// What all tables say they are, `old` or `new`; anything else is a mix.
+    #[must_use]
+    pub fn mark(&self) -> String {
+        let counts = self.ask(
+            "SELECT mark, COUNT(*) FROM (SELECT mark FROM app.mark UNION ALL \
+             SELECT mark FROM app.rows UNION ALL SELECT mark FROM app.aria) AS marks GROUP BY mark; \
+             SELECT COUNT(*) FROM information_schema.TABLES WHERE TABLE_SCHEMA='only_new'",
+        );
+        let total = 1 + 2 * ROWS;
+        for (mark, only_new) in [("old", 0), ("new", 1)] {
+            if counts == format!("{mark}\t{total}\n{only_new}\n") {
+                return mark.to_owned();
+            }
+        }
+        format!("a mix: {counts}")
+    }
+
+    /// CHECK TABLE of every table: the lines that do not say OK.
+    #[must_use]
+    pub fn damaged_tables(&self) -> String {
+        let lines = self.ask("CHECK TABLE app.mark, app.rows, app.aria, mysql.global_priv");
+        let bad = lines.lines().filter(|line| !line.ends_with("\tOK"));
+        bad.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Whether the server takes connections over the network.
+    #[must_use]
+    pub fn takes_connections(&self) -> bool {
+        let port = self.options.port.expect("it has one");
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    }
+
+    /// Asks for a clone that replaces the server's data.
+    pub async fn begin(
+        &self,
+        client: &mut RecipientServiceClient<Channel>,
+        options: CloneOptions,
+    ) -> Result<Clone, tonic::Status> {
+        let request = CloneInstanceRequest {
+            host: "127.0.0.1".to_owned(),
+            port: self.donor.port().into(),
+            user: "clone".to_owned(),
+            password: "secret".to_owned(),
+            options: Some(options),
+            ..Default::default()
+        };
+        Ok(client.clone_instance(request).await?.into_inner().clone.expect("a clone"))
+    }
+
+    /// Replaces the server's data, to the clone's end.
+    pub async fn replace(&self, at: &Recipient) -> (RecipientServiceClient<Channel>, Clone) {
+        let mut client = recipient(at).await;
+        let clone = self.begin(&mut client, CloneOptions::default()).await;
+        let clone = clone.expect("the clone is accepted");
+        let clone = wait_for_end(&mut client, &clone.name).await;
+        (client, clone)
+    }
+
+    /// Names beside the data directory that a clone has left.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        let inner = self.data.join(".marcot-install");
+        [self.home.path().to_owned(), inner]
+            .iter()
+            .filter_map(|directory| std::fs::read_dir(directory).ok())
+            .flat_map(|entries| entries.flatten())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| name.starts_with(".marcot-"))
+            .collect()
+    }
+}
+
+impl Default for Site {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn options() -> Options {
+    let arguments = vec!["--ignore-db-dirs=.marcot-install".to_owned()];
+    Options { version: Version::V10_11, arguments, ..Options::default() }
+}
+
+/// Copies a tree, sharing blocks where the file system can.
+pub fn copy_tree(from: &Path, to: &Path) {
+    let status = Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to).status();
+    assert!(status.expect("cp is there").success(), "copy {}", from.display());
+}

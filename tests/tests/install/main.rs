@@ -1,0 +1,3 @@
+//! A clone replaces a real server's own data, keeps the old ones, and gives them back.
+
+mod replace;
