@@ -18,6 +18,8 @@ help:
 	@echo "make bench BENCH=mariadb    clones of a live server beside mariadb-backup, end to end"
 	@echo "make bench BENCH=cuts       how long commits are blocked, CUTS=200 times"
 	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
+	@echo "make crash-matrix KILLS=100 CUTS=50"
+	@echo "                            kill and power-cut installs after every step and at random"
 	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
@@ -60,6 +62,10 @@ fuzz:
 	@tests/tools/setup.sh test
 	@tests/tools/fuzz.sh
 
-crash-matrix faults test-mysql deploy-test audit:
+crash-matrix:
+	@tests/tools/setup.sh test
+	@tests/tools/crash_matrix.sh
+
+faults test-mysql deploy-test audit:
 	@echo "make $@: not available yet" >&2
 	@exit 1

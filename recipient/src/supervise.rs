@@ -46,6 +46,9 @@ const REQUESTS_MAX: usize = 8;
 /// After the child has ended, how long another process of its server may hold its locks.
 const LOCKS_MAX: Duration = Duration::from_secs(10);
 
+/// Before a start, how long a server that somebody else has started may take to end.
+const ORPHAN_MAX: Duration = Duration::from_secs(60);
+
 /// Between two looks at them.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -216,6 +219,20 @@ impl ServerControl for Supervisor {
     }
 
     async fn start(&self, first: FirstStart) -> Result<(), Failure> {
+        // One whose supervisor was killed is on its way down.
+        let begun = Instant::now();
+        while let Some(pid) = server_on(&self.options.data_directory) {
+            if begun.elapsed() >= ORPHAN_MAX {
+                return Err(Failure::precondition(
+                    "SERVER_RUNNING",
+                    format!(
+                        "process {pid} runs a server on {} already; stop it",
+                        self.options.data_directory.display()
+                    ),
+                ));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
         self.start_child(first).await
     }
 

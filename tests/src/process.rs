@@ -6,12 +6,16 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use crate::{
     killer::{Blow, Killer},
     target_directory, wait_for,
 };
+
+/// Makes the names of each daemon's files others than those of the last.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// A process that is killed when it is dropped.
 #[derive(Debug)]
@@ -28,12 +32,18 @@ pub struct Daemon {
 
 impl Daemon {
     fn start(name: &str, home: &Path, arguments: &[String]) -> Self {
-        Self::start_around(name, home, arguments, &[])
+        Self::start_around(name, home, arguments, &[], &[])
     }
 
-    /// A daemon that runs a command of its own.
-    fn start_around(name: &str, home: &Path, arguments: &[String], command: &[String]) -> Self {
-        let number = std::fs::read_dir(home).expect("home is readable").count();
+    /// A daemon that runs a command of its own, with more variables in its environment.
+    fn start_around(
+        name: &str,
+        home: &Path,
+        arguments: &[String],
+        command: &[String],
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let ready = home.join(format!("{name}-{number}.ready"));
         let log = home.join(format!("{name}-{number}.log"));
         let output = File::create(&log).expect("home is writable");
@@ -46,6 +56,7 @@ impl Daemon {
             .args(command)
             // Stories whose donor is gone for good end soon; those about waiting say how long.
             .env("MARCOT_DONOR_TIMEOUT", "3s")
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a file can be shared"))
             .stderr(output)
@@ -199,12 +210,15 @@ impl Recipient {
 
     /// Starts a recipient that supervises `command`.
     #[must_use]
-    pub fn supervise(home: &Path, options: &[&str], command: &[String]) -> Self {
-        let state = home.join("state");
+    pub fn supervise(
+        home: &Path,
+        options: &[&str],
+        command: &[String],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut arguments = vec!["supervise".to_owned()];
-        arguments.extend(["--state-directory".to_owned(), state.display().to_string()]);
         arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
         arguments.extend(options.iter().map(ToString::to_string));
-        Self(Daemon::start_around("marcot-recipient", home, &arguments, command))
+        Self(Daemon::start_around("marcot-recipient", home, &arguments, command, environment))
     }
 }

@@ -1,6 +1,7 @@
 //! A server whose data a clone replaces: its own data hold the mark `old`, the donor's `new`.
 
 use std::{
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -28,6 +29,8 @@ pub struct Site {
     pub data: PathBuf,
     /// Its socket.
     pub socket: PathBuf,
+    /// The recipient's state directory.
+    pub state: PathBuf,
     /// A donor of a stopped server's data.
     pub donor: Donor,
     /// Last: what is in it is shown when a test fails.
@@ -70,7 +73,8 @@ impl Site {
         server.stop();
         change(&source);
         let donor = Donor::start(home.path(), &source, &[]);
-        Self { options, data, socket: mariadb::new_socket(), donor, home }
+        let state = home.path().join("state");
+        Self { options, data, socket: mariadb::new_socket(), state, donor, home }
     }
 
     /// A path in the directory of it all.
@@ -88,11 +92,20 @@ impl Site {
     /// A recipient that supervises the server, with more options.
     #[must_use]
     pub fn supervise(&self, options: &[&str]) -> Recipient {
+        self.supervise_with(options, &[])
+    }
+
+    /// As `supervise`, with more variables in its environment.
+    #[must_use]
+    pub fn supervise_with(&self, options: &[&str], environment: &[(&str, &str)]) -> Recipient {
+        let state = self.state.display().to_string();
         let (data, socket) = (self.data.display().to_string(), self.socket.display().to_string());
         let mut all = vec!["--data-directory", &data, "--database-socket", &socket];
+        all.extend(["--state-directory", &state]);
         all.extend(["--database-user", "root", "--recovery-timeout", "60s"]);
         all.extend(options);
-        let recipient = Recipient::supervise(self.home.path(), &all, &self.command());
+        let (home, command) = (self.home.path(), self.command());
+        let recipient = Recipient::supervise(home, &all, &command, environment);
         self.wait_for_server();
         recipient
     }
@@ -166,16 +179,25 @@ impl Site {
         (client, clone)
     }
 
-    /// Names beside the data directory that a clone has left.
+    /// The process that runs a server on the data directory.
     #[must_use]
-    pub fn leftovers(&self) -> Vec<String> {
+    pub fn server_pid(&self) -> Option<u32> {
+        let file = std::fs::File::open(self.data.join("ibdata1")).ok()?;
+        let pid = marcot_common::file_lock::holder(file.as_fd()).ok()??;
+        u32::try_from(pid).ok().filter(|&pid| pid > 0)
+    }
+
+    /// What a clone has left beside the data directory, or in it.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<PathBuf> {
         let inner = self.data.join(".marcot-install");
-        [self.home.path().to_owned(), inner]
+        let beside = self.data.parent().expect("a parent").to_owned();
+        [beside, inner]
             .iter()
             .filter_map(|directory| std::fs::read_dir(directory).ok())
             .flat_map(|entries| entries.flatten())
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| name.starts_with(".marcot-"))
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(".marcot-"))
+            .map(|entry| entry.path())
             .collect()
     }
 }
@@ -187,7 +209,9 @@ impl Default for Site {
 }
 
 fn options() -> Options {
-    let arguments = vec!["--ignore-db-dirs=.marcot-install".to_owned()];
+    let arguments = ["--ignore-db-dirs=.marcot-install", "--ignore-db-dirs=lost+found"]
+        .map(str::to_owned)
+        .to_vec();
     Options { version: Version::V10_11, arguments, ..Options::default() }
 }
 

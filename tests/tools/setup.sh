@@ -36,6 +36,8 @@ missing_packages() {
   command -v rsync >/dev/null || echo rsync
   command -v setfacl >/dev/null || echo acl
   command -v getfattr >/dev/null || echo attr
+  command -v mkfs.xfs >/dev/null || [[ -x /usr/sbin/mkfs.xfs ]] || echo xfsprogs
+  command -v mkfs.ext4 >/dev/null || [[ -x /usr/sbin/mkfs.ext4 ]] || echo e2fsprogs
   command -v openssl >/dev/null || echo openssl
   command -v c++ >/dev/null || echo g++
   command -v python3 >/dev/null || echo python3

@@ -32,9 +32,12 @@ use crate::{
     staging::Staging,
 };
 
-/// Pauses before a step is acted on, for tests that kill the recipient there: `STEP:FILE`, which
-/// waits until FILE has gone.
+/// Holds an install at a step that is in the journal and not acted on, for tests that kill the
+/// recipient there: `STEP:FILE`, which waits until FILE has gone.
 const HOLD_VARIABLE: &str = "MARCOT_TEST_HOLD_AT";
+
+/// Milliseconds of rest at every step, for tests that kill the recipient at any moment.
+const PAUSE_VARIABLE: &str = "MARCOT_TEST_STEP_PAUSE";
 
 /// What the first record tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -414,6 +417,8 @@ fn decode<T: for<'a> Deserialize<'a>>(record: &Record, place: &Place) -> Result<
 
 /// Waits where a test has asked for it.
 fn hold(step: Step) {
+    let pause = std::env::var(PAUSE_VARIABLE).ok().and_then(|text| text.parse().ok());
+    std::thread::sleep(Duration::from_millis(pause.unwrap_or(0)));
     let Ok(wish) = std::env::var(HOLD_VARIABLE) else { return };
     let Some((name, file)) = wish.split_once(':') else { return };
     if name != step.name() {

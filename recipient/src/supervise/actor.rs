@@ -122,6 +122,7 @@ impl Actor {
         let mut command = Command::new(program);
         command.args(arguments).args(more).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        end_with_this_process(&mut command);
         let (mut child, own) = children::spawn(&mut command).map_err(|e| {
             Failure::precondition(
                 "SERVER_START",
@@ -194,6 +195,18 @@ impl Actor {
 
     fn set(&self, status: Status) {
         self.status.send_replace(status);
+    }
+}
+
+/// Has the kernel send the child SIGTERM when this process is killed: a server that nobody
+/// supervises would stand in the way of the next start. (A child that changes its user loses this;
+/// the next start then waits for it and names it.)
+#[expect(unsafe_code, reason = "what runs between fork and exec cannot be checked")]
+fn end_with_this_process(command: &mut Command) {
+    let set = || Ok(rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?);
+    // SAFETY: one system call that allocates nothing and takes no lock.
+    unsafe {
+        command.pre_exec(set);
     }
 }
 

@@ -1,3 +1,5 @@
 //! A clone replaces a real server's own data, keeps the old ones, and gives them back.
 
+mod kept;
 mod replace;
+mod ways;

@@ -1,5 +1,7 @@
 //! Replace, accept, roll back: with a server that the recipient supervises.
 
+use std::path::PathBuf;
+
 use marcot_proto::recipient::v1::{
     AcceptCloneRequest, DeleteLeftoverRequest, InstallStep, ListLeftoversRequest,
     RollbackCloneRequest, State,
@@ -42,7 +44,7 @@ async fn accepted(form: &str) {
         let clone = answer.into_inner().clone.expect("a clone");
         assert_eq!(clone.install.expect("an install").step(), InstallStep::Accepted);
     }
-    assert_eq!(site.leftovers(), Vec::<String>::new());
+    assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
     assert_eq!(site.mark(), "new");
 }
 
@@ -79,7 +81,7 @@ async fn rolled_back(form: &str) {
     assert!(leftover.removable && leftover.allocated_bytes > 1 << 20, "{leftover:?}");
     let request = DeleteLeftoverRequest { name: leftover.name.clone() };
     client.delete_leftover(request).await.expect("it is removed");
-    assert_eq!(site.leftovers(), Vec::<String>::new());
+    assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
     assert_eq!(site.mark(), "old");
 }
 
@@ -104,6 +106,6 @@ async fn a_clone_that_no_server_starts_on_is_given_up_by_itself() {
         site.wait_for_server();
         assert_eq!(site.mark(), "old");
         assert_eq!(site.damaged_tables(), "");
-        assert_eq!(site.leftovers(), Vec::<String>::new());
+        assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
     }
 }

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// How often it is looked whether kept data have outlived their time.
-const KEEP_CHECK: Duration = Duration::from_secs(30);
+const KEEP_CHECK: Duration = Duration::from_secs(5);
 
 /// Longest wait for a server of a recipient that was killed to end with it.
 const ORPHAN_MAX: Duration = Duration::from_secs(60);

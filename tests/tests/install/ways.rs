@@ -1,0 +1,158 @@
+//! The other two ways to a server that is stopped and started: a person, and commands.
+
+use marcot_proto::recipient::v1::{
+    AcceptCloneRequest, CancelCloneRequest, CloneOptions, GetCloneRequest, InstallCloneRequest,
+    InstallStep, RollbackCloneRequest, State,
+};
+use marcot_tests::{
+    Recipient,
+    client::wait_for_end,
+    mariadb::{self, MariaDb},
+    recipient,
+    site::Site,
+    wait_for,
+};
+
+/// A recipient that can neither stop nor start the server.
+fn unmanaged(site: &Site) -> Recipient {
+    let data = site.data.display().to_string();
+    Recipient::start(site.home.path(), &["--data-directory", &data])
+}
+
+/// Guards R11 and 3707: nothing moves under a running server, and the clone is not lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_waits_until_a_person_has_stopped_the_server() {
+    let site = Site::new();
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    let mut at = unmanaged(&site);
+    let (mut client, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::AwaitingInstall, "{clone:?}");
+    let error = clone.error.expect("what to do");
+    assert_eq!((error.error_number, error.reason.as_str()), (3707, "SERVER_NOT_MANAGED"));
+    assert!(error.message.contains("marcot install"), "{}", error.message);
+    let install = InstallCloneRequest { name: clone.name.clone() };
+    let refused = client.install_clone(install.clone()).await.expect_err("the server runs");
+    assert!(refused.message().contains("stop it"), "{refused}");
+    assert_eq!(server.query("SELECT mark FROM app.mark"), "old\n");
+    // The clone waits over a restart of the recipient as well.
+    at.0.kill();
+    let at = unmanaged(&site);
+    let mut client = recipient(&at).await;
+    let known = client.get_clone(GetCloneRequest { name: clone.name.clone() }).await.unwrap();
+    assert_eq!(known.into_inner().clone.unwrap().state(), State::AwaitingInstall);
+    server.stop();
+    let answer = client.install_clone(install).await.expect("it is installed").into_inner();
+    let clone = answer.clone.unwrap();
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert!(clone.error.is_none());
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    assert_eq!(server.query("SELECT mark FROM app.mark"), "new\n");
+    let request = RollbackCloneRequest { name: clone.name.clone(), discard_writes: true };
+    let refused = client.rollback_clone(request.clone()).await.expect_err("the server runs");
+    assert!(refused.message().contains("not managed"), "{refused}");
+    server.stop();
+    let answer = client.rollback_clone(request).await.expect("it is rolled back").into_inner();
+    assert_eq!(answer.clone.unwrap().state(), State::RolledBack);
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    assert_eq!(server.query("SELECT mark FROM app.mark"), "old\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_waits_is_cancelled_and_leaves_nothing() {
+    let site = Site::new();
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    let at = unmanaged(&site);
+    let (mut client, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::AwaitingInstall, "{clone:?}");
+    let request = CancelCloneRequest { name: clone.name };
+    let answer = client.cancel_clone(request).await.expect("it is cancelled").into_inner();
+    assert_eq!(answer.clone.unwrap().state(), State::Cancelled);
+    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+    assert_eq!(server.query("SELECT mark FROM app.mark"), "old\n");
+}
+
+/// Guards the hooks: their order, what they are told, and that their failure changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_stop_and_start_the_server() {
+    let site = Site::new();
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    let socket = server.socket().display().to_string();
+    let line = mariadb::command_line(&site.data, &site.options, server.socket());
+    let quoted: Vec<String> = line.iter().map(|word| format!("'{word}'")).collect();
+    let told = site.path("told");
+    // As a service manager would: the closed start has its own arguments.
+    let start = format!(
+        "echo $MARCOT_START >> {told}; [ \"$MARCOT_START\" = first ] && closed=--skip-networking; \
+         {} $closed > {log} 2>&1 &",
+        quoted.join(" "),
+        told = told.display(),
+        log = site.path("hook.log").display(),
+    );
+    // What `mariadb-admin shutdown` does.
+    let stop = format!(
+        "mariadb --no-defaults --user=root --socket={socket} --execute=SHUTDOWN; \
+         [ ! -e {} ]",
+        site.path("stop-fails").display()
+    );
+    let data = site.data.display().to_string();
+    let options = [
+        "--data-directory",
+        &data,
+        "--database-socket",
+        &socket,
+        "--database-user",
+        "root",
+        "--stop-command",
+        &stop,
+        "--start-command",
+        &start,
+        "--stop-timeout",
+        "20s",
+    ];
+    let at = Recipient::start(site.home.path(), &options);
+    let (mut client, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(std::fs::read_to_string(&told).unwrap(), "first\nopened\n");
+    let ask = |sql: &str| mariadb::ask(server.socket(), sql);
+    wait_for("the server to answer", || ask("SELECT 1").ok());
+    assert_eq!(ask("SELECT mark FROM app.mark").unwrap(), "new\n");
+    client.accept_clone(AcceptCloneRequest { name: clone.name }).await.expect("accepted");
+    // A stop that fails leaves the server running on its data.
+    std::fs::write(site.path("stop-fails"), "").unwrap();
+    let clone = site.begin(&mut client, CloneOptions::default()).await.expect("accepted");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    assert_eq!(clone.state(), State::Failed, "{clone:?}");
+    assert_eq!(clone.error.unwrap().reason, "HOOK_FAILED");
+    wait_for("the server to answer", || ask("SELECT 1").ok());
+    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+    drop(ask("SHUTDOWN"));
+    wait_for("the server to end", || site.server_pid().is_none().then_some(()));
+}
+
+/// Guards `expected_generation` and `request_id`: neither a second clone nor another's data is
+/// replaced, also after a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_request_is_the_same_clone_and_another_generation_is_refused() {
+    let site = Site::new();
+    let mut at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let options = CloneOptions {
+        request_id: "seed-1".to_owned(),
+        expected_generation: "initial".to_owned(),
+        ..Default::default()
+    };
+    let clone = site.begin(&mut client, options.clone()).await.expect("accepted");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(at.0.terminate(), Some(0));
+    let at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let again = site.begin(&mut client, options.clone()).await.expect("the same clone");
+    assert_eq!((&again.name, again.state()), (&clone.name, State::Completed));
+    assert_eq!(again.install.expect("an install").step(), InstallStep::Opened);
+    client.accept_clone(AcceptCloneRequest { name: clone.name.clone() }).await.expect("accepted");
+    let other = CloneOptions { request_id: "seed-2".to_owned(), ..options };
+    let refused = site.begin(&mut client, other.clone()).await.expect_err("another generation");
+    assert!(refused.message().contains(&clone.install.unwrap().generation), "{refused}");
+    assert_eq!(site.mark(), "new");
+}

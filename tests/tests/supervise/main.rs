@@ -1,0 +1,212 @@
+//! `marcot-recipient supervise`: signals, ends, orphans, with real processes.
+
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use marcot_tests::{killer::Blow, new_directory, site::Site, wait_for};
+
+/// A supervisor of a shell script.
+struct Script {
+    child: Child,
+    home: tempfile::TempDir,
+}
+
+impl Script {
+    fn start(text: &str, options: &[&str]) -> Self {
+        let home = new_directory();
+        let script = home.path().join("server");
+        std::fs::write(&script, format!("#!/bin/sh\ncd {}\n{text}\n", home.path().display()))
+            .expect("writable");
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&script, mode).expect("our own file");
+        let program = std::env::current_exe().expect("a program");
+        let program = program.ancestors().nth(2).expect("two above").join("marcot-recipient");
+        let log = std::fs::File::create(home.path().join("log")).expect("writable");
+        let data = home.path().join("data");
+        std::fs::create_dir(&data).expect("writable");
+        let child = Command::new(program)
+            .args(["supervise", "--listen", "127.0.0.1:0", "--health-command", "true"])
+            .arg("--state-directory")
+            .arg(home.path().join("state"))
+            .arg("--data-directory")
+            .arg(&data)
+            .args(options)
+            .arg("--")
+            .arg(&script)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a file"))
+            .stderr(log)
+            .spawn()
+            .expect("marcot-recipient is built");
+        Self { child, home }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    fn wait_for_file(&self, name: &str) -> String {
+        wait_for(name, || {
+            std::fs::read_to_string(self.path(name)).ok().filter(|text| text.ends_with('\n'))
+        })
+    }
+
+    fn signal(&self, blow: Blow) {
+        blow.strike(self.child.id());
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn end(&mut self) -> Option<i32> {
+        let log = self.path("log");
+        wait_for("the supervisor to end", || self.child.try_wait().expect("our own child"))
+            .code()
+            .or_else(|| panic!("{}", std::fs::read_to_string(log).unwrap_or_default()))
+    }
+}
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+    }
+}
+
+fn number(text: &str) -> u32 {
+    text.trim().parse().expect("a process id")
+}
+
+fn is_alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Guards the drain: SIGTERM reaches the server behind a script as well, and its exit code is the
+/// supervisor's.
+#[test]
+fn a_stop_reaches_the_server_behind_its_script_and_its_exit_code_is_passed_on() {
+    let text = "trap 'echo stopped > stopped; exit 7' TERM; sleep 1000 & echo $! > pid; wait";
+    let mut script = Script::start(text, &[]);
+    let sleeper = number(&script.wait_for_file("pid"));
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(7));
+    assert!(script.path("stopped").exists());
+    wait_for("the group's processes to end", || (!is_alive(sleeper)).then_some(()));
+}
+
+#[test]
+fn a_server_that_ignores_sigterm_is_killed_after_the_grace() {
+    let text = "trap '' TERM; echo $$ > pid; while :; do sleep 1; done";
+    let mut script = Script::start(text, &["--stop-grace", "2s"]);
+    let pid = number(&script.wait_for_file("pid"));
+    let begun = Instant::now();
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(128 + 9));
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(20), "{took:?}");
+    assert!(!is_alive(pid));
+}
+
+#[test]
+fn a_server_that_ends_by_itself_ends_the_supervisor_with_its_code_or_is_started_again() {
+    // Ended in good order: nobody starts it again by default.
+    let mut script = Script::start("echo x >> starts; exit 0", &[]);
+    assert_eq!(script.end(), Some(0));
+    assert_eq!(std::fs::read_to_string(script.path("starts")).unwrap(), "x\n");
+    // A failure starts it again, with growing pauses, as often as is allowed.
+    let begun = Instant::now();
+    let mut script = Script::start("echo x >> starts; exit 9", &["--restart-limit", "2"]);
+    assert_eq!(script.end(), Some(9));
+    assert_eq!(std::fs::read_to_string(script.path("starts")).unwrap(), "x\nx\nx\n");
+    assert!(begun.elapsed() >= Duration::from_secs(3), "pauses of 1 s and 2 s");
+    let mut script = Script::start("echo x >> starts; kill -KILL $$", &["--restart", "never"]);
+    assert_eq!(script.end(), Some(137));
+}
+
+/// Guards the reaper: an orphan that nobody waits for would stay a zombie for ever.
+#[test]
+fn orphans_are_reaped() {
+    let text = "( (sleep 0.2; echo $$ > /dev/null) & echo $! > orphan ); sleep 1000";
+    let mut script = Script::start(text, &["--stop-grace", "1s"]);
+    let orphan = number(&script.wait_for_file("orphan"));
+    wait_for("the orphan to be reaped", || (!is_alive(orphan)).then_some(()));
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(128 + 15));
+}
+
+/// Guards the work of PID 1: in a process namespace of its own it has no parent that would help.
+#[test]
+fn it_is_a_good_first_process_of_a_container() {
+    let home = new_directory();
+    let program = std::env::current_exe().expect("a program");
+    let program = program.ancestors().nth(2).expect("two above").join("marcot-recipient");
+    let script = format!(
+        "exec {} supervise --listen 127.0.0.1:0 --health-command true --state-directory {h}/state \
+         --data-directory {h} --stop-grace 5s -- sh -c '(sleep 0.2 & echo $! > {h}/orphan); \
+         echo $$ > {h}/pid; exec sleep 1000' > {h}/log 2>&1",
+        program.display(),
+        h = home.path().display()
+    );
+    let mut child = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", &script])
+        .spawn()
+        .expect("unshare is there");
+    let read = |name: &str| std::fs::read_to_string(home.path().join(name)).ok();
+    for name in ["orphan", "pid"] {
+        wait_for(name, || read(name).filter(|text| text.ends_with('\n')));
+    }
+    // The namespace's first process and its children, as this side knows them.
+    let children = |of: u32| -> Vec<u32> {
+        let list = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children"));
+        list.unwrap_or_default().split_whitespace().map(number).collect()
+    };
+    let first = wait_for("the first process", || children(child.id()).first().copied());
+    // The server is a child of whichever thread has started it; orphans go to the first.
+    let is_zombie = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" Z"))
+    };
+    wait_for("orphans to be reaped", || {
+        let left = children(first);
+        (left.iter().filter(|pid| is_zombie(pid)).count() == 0 && left.len() <= 1).then_some(())
+    });
+    Blow::Terminate.strike(first);
+    let status = wait_for("the container to end", || child.try_wait().expect("our own child"));
+    assert_eq!(status.code(), Some(128 + 15), "{}", read("log").unwrap_or_default());
+}
+
+/// Guards what keeps a database up: a server that crashes is started again, without any clone.
+#[test]
+fn a_mariadb_that_is_killed_is_started_again_and_stops_cleanly() {
+    let site = Site::new();
+    let mut at = site.supervise(&[]);
+    let first = site.server_pid().expect("a server");
+    Blow::Kill.strike(first);
+    wait_for("another server", || site.server_pid().filter(|&pid| pid != first));
+    site.wait_for_server();
+    assert_eq!(site.mark(), "old");
+    assert_eq!(at.0.terminate(), Some(0), "{}", at.0.log());
+    assert_eq!(site.server_pid(), None);
+    assert!(at.0.log().contains("Shutdown complete"), "{}", at.0.log());
+}
+
+/// Guards the next start after a supervisor was killed: its server does not stay behind.
+#[test]
+fn a_server_whose_supervisor_was_killed_makes_way_for_the_next() {
+    let site = Site::new();
+    let mut at = site.supervise(&[]);
+    let first = site.server_pid().expect("a server");
+    at.0.kill();
+    let _at = site.supervise(&[]);
+    wait_for("another server", || site.server_pid().filter(|&pid| pid != first));
+    site.wait_for_server();
+    assert_eq!(site.mark(), "old");
+}
