@@ -13,6 +13,7 @@ pub mod entry;
 pub mod failure;
 pub mod file_lock;
 pub mod host;
+pub mod in_use;
 pub mod listener;
 pub mod login;
 pub mod os;

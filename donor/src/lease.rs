@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -15,12 +16,15 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use marcot_common::failure::Failure;
+use marcot_common::{
+    failure::Failure,
+    in_use::{InUse, InUseError},
+};
 use marcot_engine::{Engine, Snapshot, SnapshotOptions};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use tracing::info;
+use tracing::{info, warn};
 use uuid::Uuid;
 
 /// Lease of a snapshot whose opener asked for none.
@@ -86,6 +90,8 @@ pub struct Held {
     pub advance: tokio::sync::Mutex<()>,
     /// Payload bytes sent.
     pub sent_bytes: AtomicU64,
+    /// Keeps the data directory from being replaced.
+    _in_use: Option<InUse>,
     expiry: Mutex<(Instant, SystemTime)>,
 }
 
@@ -109,6 +115,7 @@ impl Held {
 #[derive(Debug)]
 pub struct Leases {
     engine: Arc<dyn Engine>,
+    data_directory: PathBuf,
     snapshots_max: usize,
     table: Mutex<Table>,
     expired_total: AtomicU64,
@@ -124,14 +131,40 @@ struct Table {
 impl Leases {
     /// No snapshot yet.
     #[must_use]
-    pub fn new(engine: Arc<dyn Engine>, snapshots_max: usize) -> Self {
-        Self { engine, snapshots_max, table: Mutex::default(), expired_total: AtomicU64::new(0) }
+    pub fn new(engine: Arc<dyn Engine>, data_directory: PathBuf, snapshots_max: usize) -> Self {
+        Self {
+            engine,
+            data_directory,
+            snapshots_max,
+            table: Mutex::default(),
+            expired_total: AtomicU64::new(0),
+        }
     }
 
     /// The engine that makes snapshots.
     #[must_use]
     pub fn engine(&self) -> &Arc<dyn Engine> {
         &self.engine
+    }
+
+    /// Says that a clone reads the data directory.
+    fn use_data_directory(&self) -> Result<Option<InUse>, Failure> {
+        match InUse::shared(&self.data_directory) {
+            Ok(in_use) => Ok(Some(in_use)),
+            Err(InUseError::Taken) => Err(Failure::new(
+                Code::Unavailable,
+                "DATA_DIRECTORY_REPLACED",
+                format!(
+                    "a clone replaces the data in {} at this moment; clone from it again later",
+                    self.data_directory.display()
+                ),
+            )),
+            // A file system without locks (some FUSE) has no such guard.
+            Err(InUseError::Io(e)) => {
+                warn!(error = %e, "the data directory cannot be marked as in use");
+                Ok(None)
+            }
+        }
     }
 
     /// Opens a snapshot, or returns the one that the same clone opened with the same id.
@@ -143,6 +176,7 @@ impl Leases {
             }
             Admission::Place(place) => place,
         };
+        let in_use = self.use_data_directory()?;
         let engine = Arc::clone(&self.engine);
         let options = request.options.clone();
         let snapshot = tokio::task::spawn_blocking(move || engine.open(&options))
@@ -157,6 +191,7 @@ impl Leases {
             readers: Arc::new(Semaphore::new(READERS_MAX)),
             advance: tokio::sync::Mutex::new(()),
             sent_bytes: AtomicU64::new(0),
+            _in_use: in_use,
             expiry: Mutex::new((Instant::now() + lease, SystemTime::now() + lease)),
             request,
         });

@@ -68,7 +68,11 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     }
     let telemetry = settings.server.init_telemetry(ROLE)?;
     let shutdown = Shutdown::on_signals(None).map_err(|e| Problem::Running(e.to_string()))?;
-    let leases = Arc::new(Leases::new(engine, settings.snapshots_max.into()));
+    let leases = Arc::new(Leases::new(
+        engine,
+        settings.data_directory.clone(),
+        settings.snapshots_max.into(),
+    ));
     let identity =
         api::Identity { accounts: prepared.accounts.is_some(), tls: prepared.tls.is_some() };
     let api = Api::new(Arc::clone(&leases), identity);

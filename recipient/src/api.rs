@@ -73,6 +73,12 @@ fn require_privilege<T>(request: &Request<T>, checked: &CloneRequest) -> Result<
     Ok(())
 }
 
+/// Whether options hold a password of their own.
+fn has_secret(options: Option<&pb::CloneOptions>) -> bool {
+    let attach = options.and_then(|options| options.attach_replica.as_ref());
+    attach.is_some_and(|attach| !attach.password.is_empty())
+}
+
 /// A password in a request must not have crossed a network in clear.
 fn refuse_bare_secret<T>(request: &Request<T>) -> Result<(), Failure> {
     if access::is_confidential(request) {
@@ -95,6 +101,9 @@ impl RecipientService for Api {
         request: Request<pb::CloneInstanceRequest>,
     ) -> Result<Response<pb::CloneInstanceResponse>, Status> {
         if !request.get_ref().password.is_empty() {
+            refuse_bare_secret(&request)?;
+        }
+        if has_secret(request.get_ref().options.as_ref()) {
             refuse_bare_secret(&request)?;
         }
         let message = request.get_ref().clone();

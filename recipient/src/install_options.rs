@@ -108,8 +108,9 @@ impl InstallOptions {
     }
 
     /// What installs go by.
-    pub(crate) fn settings(&self) -> InstallSettings {
+    pub(crate) fn settings(&self, settings: &Settings) -> InstallSettings {
         InstallSettings {
+            manages: settings.mode.is_some() || self.stop_command.is_some(),
             form: self.install_form,
             keep_old_data: match self.keep_old_data {
                 Keep::For(keep) => Some(keep),

@@ -27,6 +27,7 @@ use crate::{
     growing::GrowingFiles,
     install::{
         fresh::{OwnDirectory, install},
+        identity,
         installer::Installer,
         locks::server_on,
         place::{Form, Place},
@@ -37,10 +38,11 @@ use crate::{
     plan::FetchPlan,
     preflight::{self, Prepared},
     progress::Progress,
+    replica,
     request::CloneRequest,
     retry::Patience,
     reuse::Reuse,
-    server_control::ServerControl,
+    server_control::{ServerControl, not_managed},
     settings::Settings,
     source::{Source, blocking},
     staging::{STAGING_PREFIX, Staging},
@@ -149,6 +151,12 @@ impl CloneJob {
             prepared.reuse = Some(Arc::new(Reuse::open(&older)?));
         }
         let source = Arc::clone(&prepared.source);
+        if self.request.discard_old_data_first
+            && let Err(failure) = self.discard_old_data().await
+        {
+            source.close(Outcome::Failed).await;
+            return Err(failure);
+        }
         let parent = self.request.staging_parent();
         if self.request.form == Some(Form::Move) {
             make_inner(&parent)?;
@@ -214,13 +222,49 @@ impl CloneJob {
         if let Some(form) = self.request.form {
             // The donor's part is done; its server need not keep anything for the restart here.
             source.close(Outcome::Completed).await;
-            return Box::pin(self.replace(form)).await;
+            let end = Box::pin(self.replace(form)).await?;
+            if end == End::Completed && self.control.manages() {
+                self.attach_replica(&done).await?;
+            }
+            return Ok(end);
         }
         let (staging, target) = (Arc::clone(staging), self.request.target.clone());
         let own = if self.request.replaces { OwnDirectory::Yes } else { OwnDirectory::No };
         blocking(move || install(&staging, &verified, &target, own)).await?;
         info!(clone = %self.id, target = %self.request.target.display(), "clone installed");
         Ok(End::Completed)
+    }
+
+    /// The server replicates from the donor's, if that was asked for.
+    async fn attach_replica(&self, done: &Advanced) -> Result<(), Failure> {
+        let Some(source) = &self.request.replicate_from else {
+            return Ok(());
+        };
+        let attach = async {
+            let engine = self.settings.engine.as_ref();
+            let database = engine.map(|engine| engine.database.clone()).unwrap_or_default();
+            let at = done.coordinates.clone().unwrap_or_default();
+            replica::attach(&database, &at, source).await
+        };
+        self.until_cancelled(attach).await.map_err(|failure| Failure {
+            message: format!(
+                "the clone is installed and its server is open, but it is no replica that has caught \
+                 up: {}",
+                failure.message
+            ),
+            ..failure
+        })
+    }
+
+    /// The old data go before the first byte, where the caller has said so.
+    async fn discard_old_data(&self) -> Result<(), Failure> {
+        if !self.control.manages() {
+            return Err(not_managed());
+        }
+        warn!(clone = %self.id, "the server is stopped and its data are removed, as asked for");
+        self.control.stop().await?;
+        let directory = self.request.target.clone();
+        blocking(move || identity::discard_all_else(&directory)).await
     }
 
     /// The staged tree replaces the server's data.
@@ -240,6 +284,12 @@ impl CloneJob {
         let installer = installer(&self.settings, &self.status, &self.control, replacement);
         if is_managed {
             installer.install().await?;
+            if !self.request.had_data {
+                // There is nothing to give back.
+                let replacement = Arc::clone(&installer.replacement);
+                blocking(move || replacement.accept()).await?;
+                self.status.set_install(&installer.replacement);
+            }
         } else {
             installer.put_in_place_or_back().await?;
         }

@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod plan;
 pub mod preflight;
 pub mod progress;
+pub mod replica;
 pub mod request;
 pub mod retry;
 pub mod reuse;

@@ -18,6 +18,7 @@ use marcot_proto::{
     donor::v1::{GetServerInfoResponse, Outcome},
     recipient::v1 as pb,
 };
+use tracing::warn;
 
 use crate::{
     donor_client::DonorSource,
@@ -27,9 +28,11 @@ use crate::{
     reuse::Reuse,
     settings::Settings,
     source::{LocalSource, Opened, Source, blocking},
-    staging::Owners,
+    staging::{Owners, allocated_bytes},
     target,
 };
+
+mod replaceable;
 
 /// Room that must stay on the file system beside the copy: lists, directories, rounding up.
 const SPACE_MARGIN_BYTES: u64 = 64 << 20;
@@ -65,6 +68,17 @@ impl Findings {
     /// A check that could not be made.
     pub fn not_checked(&mut self, check: &str, why: impl Into<String>) {
         self.push(check, pb::FindingStatus::NotChecked, why.into());
+    }
+
+    /// A check whose result is worth a look.
+    pub fn warning(&mut self, check: &str, message: String, action: String) {
+        self.list.push(pb::Finding {
+            check: check.to_owned(),
+            status: pb::FindingStatus::Warning.into(),
+            message,
+            action,
+            ..pb::Finding::default()
+        });
     }
 
     /// A check that failed.
@@ -140,6 +154,9 @@ impl Report {
 pub async fn prepare(job: &CloneJob) -> Result<Prepared, Failure> {
     let report = inspect(&job.request, &job.settings, &job.id, Some(job)).await;
     let Report { findings, source } = report;
+    for finding in findings.list.iter().filter(|f| f.status() == pb::FindingStatus::Warning) {
+        warn!(check = %finding.check, action = %finding.action, "{}", finding.message);
+    }
     if let Some(failure) = findings.into_failure() {
         if let Some(source) = source {
             source.close(Outcome::Failed).await;
@@ -174,6 +191,7 @@ pub async fn inspect(
 ) -> Report {
     let mut findings = Findings::default();
     target::check(request, settings, &mut findings);
+    replaceable::check(request, settings.engine.as_ref(), &mut findings).await;
     let source = match &request.source {
         SourceRequest::Local => open_local(request, settings, &mut findings).await,
         SourceRequest::Donor(donor) => {
@@ -200,6 +218,9 @@ pub async fn inspect(
     match (&source, free_space(parent)) {
         (Some(source), Ok(free)) => {
             let estimate = source.opened().estimate;
+            let freed =
+                if request.discard_old_data_first { allocated_bytes(&request.target) } else { 0 };
+            let free = FreeSpace { bytes: free.bytes.saturating_add(freed), ..free };
             findings.add("free_space", enough_bytes(parent, &free, estimate));
             findings.add("free_inodes", enough_inodes(parent, &free, estimate));
         }

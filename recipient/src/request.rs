@@ -12,7 +12,7 @@ use std::{
 use marcot_common::{
     connect::SslMode, failure::Failure, statement::Statement, time::duration_from_wire,
 };
-use marcot_engine::SnapshotOptions;
+use marcot_engine::{SnapshotOptions, innodb::replica::ReplicationSource};
 use marcot_proto::recipient::v1 as pb;
 use zeroize::Zeroizing;
 
@@ -30,8 +30,10 @@ pub struct CloneRequest {
     pub target: PathBuf,
     /// Whether the target is the recipient server's own data directory.
     pub replaces: bool,
-    /// How the trees change places, where data are to be replaced.
+    /// How the trees change places, where data are to be replaced, or a server is to be started.
     pub form: Option<Form>,
+    /// Whether there are data to be replaced.
+    pub had_data: bool,
     /// The generation that the caller means to replace; empty: any.
     pub expected_generation: String,
     /// Who will own the files.
@@ -42,6 +44,10 @@ pub struct CloneRequest {
     pub reuse: Option<PathBuf>,
     /// For the donor's engine.
     pub snapshot: SnapshotOptions,
+    /// Whether the old data go before the first byte.
+    pub discard_old_data_first: bool,
+    /// Whether, and from where, the server replicates afterwards.
+    pub replicate_from: Option<ReplicationSource>,
     /// The caller's id.
     pub request_id: String,
     /// The statement that says the same, its secret hidden.
@@ -227,17 +233,21 @@ impl CloneRequest {
             ));
         }
         let statement = describe(&source, &target, replaces);
-        let form = if replaces && holds_data(&target)? {
+        let had_data = replaces && holds_data(&target)?;
+        let form = if had_data || (replaces && settings.install.manages && target.is_dir()) {
             Some(settings.install.form.map_or_else(|| Form::of(&target), Ok)?)
         } else {
             None
         };
         Ok(Self {
             form,
+            had_data,
             expected_generation: options.expected_generation.clone(),
             owner: owner(&options)?,
             concurrency: concurrency(&options, settings)?,
             snapshot: snapshot_options(&options)?,
+            discard_old_data_first: discard(&options, form)?,
+            replicate_from: replicate_from(&options, &source, replaces)?,
             reuse: reuse(&options, &source)?,
             request_id: options.request_id,
             source,
@@ -331,6 +341,45 @@ fn snapshot_options(options: &pb::CloneOptions) -> Result<SnapshotOptions, Failu
         ));
     }
     Ok(SnapshotOptions { block_ddl: options.block_ddl, ddl_timeout })
+}
+
+/// Only what is replaced can be discarded.
+fn discard(options: &pb::CloneOptions, form: Option<Form>) -> Result<bool, Failure> {
+    if options.discard_old_data_first && form.is_none() {
+        return Err(Failure::invalid(
+            "BAD_DISCARD",
+            "discard_old_data_first: the clone replaces no data; leave it out",
+        ));
+    }
+    Ok(options.discard_old_data_first)
+}
+
+fn replicate_from(
+    options: &pb::CloneOptions,
+    source: &SourceRequest,
+    replaces: bool,
+) -> Result<Option<ReplicationSource>, Failure> {
+    let Some(attach) = &options.attach_replica else {
+        return Ok(None);
+    };
+    let bad = |why: String| Err(Failure::invalid("BAD_ATTACH_REPLICA", why));
+    let SourceRequest::Donor(donor) = source else {
+        return bad("attach_replica: CLONE LOCAL has no donor to replicate from".to_owned());
+    };
+    if !replaces {
+        return bad("attach_replica: only a clone that replaces a server's data".to_owned());
+    }
+    let port = if attach.port == 0 { 3306 } else { attach.port };
+    let Some(port) = u16::try_from(port).ok() else {
+        return bad(format!("attach_replica: port {port}, 1 to 65535 are allowed"));
+    };
+    let texts = [&attach.host, &attach.user, &attach.password];
+    if attach.user.is_empty() || texts.iter().any(|text| text.len() > 255) {
+        return bad("attach_replica: a user is needed, and at most 255 bytes each".to_owned());
+    }
+    let host = if attach.host.is_empty() { donor.host.clone() } else { attach.host.clone() };
+    let (user, password) = (attach.user.clone(), attach.password.clone());
+    Ok(Some(ReplicationSource { host, port, user, password }))
 }
 
 fn reuse(options: &pb::CloneOptions, source: &SourceRequest) -> Result<Option<PathBuf>, Failure> {

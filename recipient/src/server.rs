@@ -201,7 +201,7 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         return Err(problems);
     }
     Ok(settings::Settings {
-        install: settings.install.settings(),
+        install: settings.install.settings(settings),
         data_directory: settings.data_directory.clone(),
         allow_directories: settings.allow_directory.clone(),
         donor_tls,

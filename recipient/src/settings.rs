@@ -46,6 +46,8 @@ pub struct InstallSettings {
     pub keep_old_data: Option<Duration>,
     /// Longest recovery of a server on a clone.
     pub recovery_timeout: Duration,
+    /// Whether this recipient stops and starts the server.
+    pub manages: bool,
 }
 
 impl Settings {

@@ -315,6 +315,21 @@ impl TreeChange for StagedChanges<'_> {
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
 
+/// What a tree takes on the disk; what cannot be looked at counts nothing.
+#[must_use]
+pub fn allocated_bytes(path: &Path) -> u64 {
+    let Ok(metadata) = path.symlink_metadata() else {
+        return 0;
+    };
+    let below: u64 = match std::fs::read_dir(path) {
+        Ok(entries) if metadata.is_dir() => {
+            entries.flatten().map(|entry| allocated_bytes(&entry.path())).sum()
+        }
+        _ => 0,
+    };
+    below + metadata.blocks() * 512
+}
+
 /// Makes a directory that only this user may enter, and that hands no ACL or group down.
 fn make_private_directory(path: &Path) -> io::Result<()> {
     rustix::fs::mkdir(path, Mode::RWXU)?;

@@ -121,6 +121,11 @@ fn check_replacement(request: &CloneRequest, form: Form, findings: &mut Findings
     findings.passed("install_form", format!("{}: form {}", target.display(), form.name()));
     findings.add("generation", generation::check(target, &request.expected_generation));
     findings.add("earlier_install", no_earlier_install(target));
+    findings.add(
+        "not_a_donor",
+        replacement::take_alone(target)
+            .map(|_| "no clone reads the data that are to be replaced".to_owned()),
+    );
 }
 
 fn no_earlier_install(target: &Path) -> Result<String, Failure> {

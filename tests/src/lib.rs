@@ -16,6 +16,7 @@ pub mod process;
 pub mod proxy;
 pub mod site;
 pub mod tree;
+pub mod volume;
 
 pub use certificates::Certificates;
 pub use client::{clone_and_wait, clone_error, recipient};

@@ -289,6 +289,24 @@ impl MariaDb {
         server.log()
     }
 
+    /// Starts a server that must not come to run, until it logs `text`; it is killed then.
+    #[must_use]
+    pub fn start_until_log(
+        home: &Path,
+        data_directory: &Path,
+        options: &Options,
+        text: &str,
+    ) -> String {
+        let mut server = Self::spawn(home, data_directory, options);
+        wait_for(&format!("mariadbd to log `{text}`"), || {
+            assert!(server.try_query("SELECT 1").is_err(), "mariadbd runs:\n{}", server.log());
+            let has_ended = server.child.try_wait().expect("our own child").is_some();
+            (has_ended || server.log().contains(text)).then_some(())
+        });
+        server.kill();
+        server.log()
+    }
+
     /// Its data directory.
     #[must_use]
     pub fn data_directory(&self) -> &Path {

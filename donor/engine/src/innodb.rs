@@ -15,6 +15,7 @@ pub mod frm;
 pub mod health;
 pub mod page;
 pub mod redo;
+pub mod replica;
 
 mod classify;
 mod cut;

@@ -257,6 +257,22 @@ pub(super) struct StartOptions {
     /// Longest wait for the server's backup locks (clone_ddl_timeout) [default: 300s].
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub(super) ddl_timeout: Option<Duration>,
+    /// Where there is no room for both copies: stop the server and remove its data first. They are
+    /// lost then, whatever becomes of the clone; asks, unless --yes.
+    #[arg(long)]
+    pub(super) discard_old_data_first: bool,
+    /// Do not ask.
+    #[arg(long)]
+    pub(super) yes: bool,
+    /// Make the server a replica of the donor's, by this account, and wait until it has caught up.
+    #[arg(long, value_name = "USER")]
+    pub(super) attach_replica: Option<String>,
+    /// Database server to replicate from, HOST:PORT [default: the donor's host, 3306].
+    #[arg(long, value_name = "ADDR", requires = "attach_replica")]
+    pub(super) replication_source: Option<String>,
+    /// File with that account's password [default: $MARCOT_REPLICATION_PASSWORD, or a prompt].
+    #[arg(long, value_name = "FILE", requires = "attach_replica")]
+    pub(super) replication_password_file: Option<PathBuf>,
     /// Refuse unless the data directory that would be replaced has this generation, as `validate`
     /// and `get` show it.
     #[arg(long, value_name = "GENERATION")]

@@ -10,8 +10,8 @@ use marcot_common::{
     tls::Fingerprint,
 };
 use marcot_proto::recipient::v1::{
-    CloneInstanceRequest, CloneLimits, CloneLocalRequest, CloneOptions, CloneStatementRequest,
-    Compression, SslMode, validate_clone_request::Request as Asked,
+    AttachReplica, CloneInstanceRequest, CloneLimits, CloneLocalRequest, CloneOptions,
+    CloneStatementRequest, Compression, SslMode, validate_clone_request::Request as Asked,
 };
 
 use super::{
@@ -54,12 +54,14 @@ impl StartCommand {
         match self {
             Self::Sql { statement, start } => {
                 let text = read_statement(statement)?;
-                let secret = check_statement(&text)?;
+                let HasSecret(secret) = check_statement(&text)?;
+                let secret = HasSecret(secret || start.attach_replica.is_some());
                 Ok((Asked::CloneStatement(start.statement(text)?), secret))
             }
             Self::Clone { donor, start } => {
                 let message = donor.instance(start)?;
-                let secret = HasSecret(!message.password.is_empty());
+                let secret = !message.password.is_empty() || start.attach_replica.is_some();
+                let secret = HasSecret(secret);
                 Ok((Asked::CloneInstance(message), secret))
             }
             Self::Local { data_directory, start } => {
@@ -83,7 +85,7 @@ impl StartOptions {
     fn statement(&self, statement: String) -> Result<CloneStatementRequest, Failure> {
         Ok(CloneStatementRequest {
             statement,
-            options: Some(self.options()),
+            options: Some(self.options()?),
             donor_fingerprint: self.fingerprint()?,
             compression: self.compression.map(|level| Compression { level }),
         })
@@ -93,12 +95,18 @@ impl StartOptions {
     fn local(&self, data_directory: &Path) -> Result<CloneLocalRequest, Failure> {
         Ok(CloneLocalRequest {
             data_directory: path_bytes(data_directory),
-            options: Some(self.options()),
+            options: Some(self.options()?),
         })
     }
 
-    fn options(&self) -> CloneOptions {
-        CloneOptions {
+    fn options(&self) -> Result<CloneOptions, Failure> {
+        if self.discard_old_data_first && !self.yes {
+            secret::confirm(
+                "The server is stopped and its data are removed before the copy begins: if the clone \
+                 fails, they are gone.",
+            )?;
+        }
+        Ok(CloneOptions {
             request_id: self.request_id.clone().unwrap_or_default(),
             owner: self.owner.clone().unwrap_or_default(),
             preserve_owners: self.preserve_owners,
@@ -110,7 +118,20 @@ impl StartOptions {
                 concurrency_max: Some(concurrency),
                 ..CloneLimits::default()
             }),
-        }
+            discard_old_data_first: self.discard_old_data_first,
+            attach_replica: self.replication()?,
+        })
+    }
+
+    fn replication(&self) -> Result<Option<AttachReplica>, Failure> {
+        let Some(user) = &self.attach_replica else { return Ok(None) };
+        let source = self.replication_source.as_deref().map(host_and_port).transpose()?;
+        let (host, port) = source.unwrap_or_default();
+        let prompt = format!("Password of '{user}' for replication: ");
+        let file = self.replication_password_file.as_deref();
+        let password = secret::read(file, "MARCOT_REPLICATION_PASSWORD", &prompt)?;
+        let (user, password) = (user.clone(), password.to_string());
+        Ok(Some(AttachReplica { host, port: port.into(), user, password }))
     }
 
     fn fingerprint(&self) -> Result<Bytes, Failure> {
@@ -143,7 +164,7 @@ impl DonorOptions {
             ssl_mode: ssl_mode.into(),
             donor_fingerprint: start.fingerprint()?,
             compression: start.compression.map(|level| Compression { level }),
-            options: Some(start.options()),
+            options: Some(start.options()?),
         })
     }
 }

@@ -60,6 +60,20 @@ fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
         .map_err(|e| Failure::io("read a password from", Path::new("the terminal"), &e))
 }
 
+/// Asks for a yes; without a terminal there is none.
+pub(super) fn confirm(what: &str) -> Result<(), Failure> {
+    eprintln!("{what}");
+    let refused =
+        || Err(Failure::invalid("NOT_CONFIRMED", "not confirmed; type yes, or give --yes"));
+    if !io::stdin().is_terminal() {
+        return refused();
+    }
+    eprint!("Type yes to go on: ");
+    let mut answer = String::new();
+    let read = io::stdin().read_line(&mut answer);
+    if read.is_ok() && answer.trim() == "yes" { Ok(()) } else { refused() }
+}
+
 fn first_line(text: String) -> Zeroizing<String> {
     let text = Zeroizing::new(text);
     Zeroizing::new(text.lines().next().unwrap_or_default().to_owned())

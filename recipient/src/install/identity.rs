@@ -12,6 +12,8 @@ use std::{
 
 use marcot_common::failure::Failure;
 
+use super::{locks::TreeLocks, place::INNER_DIRECTORY};
+
 /// Files at the top of a data directory that are the server's own.
 const FILES: [&str; 11] = [
     "auto.cnf",
@@ -59,6 +61,28 @@ pub fn carry(old: &Path, new: &Path) -> Result<(), Failure> {
     }
     let sync = || File::open(new)?.sync_all();
     sync().map_err(|e| Failure::io("sync directory", new, &e))
+}
+
+/// Removes all that is in a data directory but the server's identity, and what an install keeps
+/// there. Its server must have been stopped.
+pub fn discard_all_else(data_directory: &Path) -> Result<(), Failure> {
+    let _locks = TreeLocks::take(data_directory)?;
+    let failed = |e: io::Error| Failure::io("empty", data_directory, &e);
+    for entry in std::fs::read_dir(data_directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let stays = name == INNER_DIRECTORY || FILES.iter().any(|file| name == *file);
+        if stays {
+            continue;
+        }
+        let removed = if entry.file_type().map_err(failed)?.is_dir() {
+            std::fs::remove_dir_all(entry.path())
+        } else {
+            std::fs::remove_file(entry.path())
+        };
+        removed.map_err(|e| Failure::io("remove", &entry.path(), &e))?;
+    }
+    Ok(())
 }
 
 fn copy(from: &Path, to: &Path, metadata: &std::fs::Metadata) -> io::Result<()> {

@@ -125,6 +125,12 @@ impl Place {
         }
     }
 
+    /// Where files are set aside that somebody has made while trees moved.
+    #[must_use]
+    pub fn strays(&self) -> PathBuf {
+        self.staging.join("strays")
+    }
+
     /// The journal.
     #[must_use]
     pub fn journal(&self) -> PathBuf {

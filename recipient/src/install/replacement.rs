@@ -13,7 +13,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use marcot_common::{failure::Failure, time};
+use marcot_common::{
+    failure::Failure,
+    in_use::{InUse, InUseError},
+    time,
+};
 use marcot_proto::recipient::v1 as pb;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
@@ -82,6 +86,7 @@ struct State {
     /// When it was opened.
     opened: Option<SystemTime>,
     locks: Vec<TreeLocks>,
+    alone: Option<InUse>,
 }
 
 impl Replacement {
@@ -113,6 +118,7 @@ impl Replacement {
                 since: now,
                 opened: None,
                 locks: Vec::new(),
+                alone: None,
             }),
         };
         replacement.append(Step::Staged, &encode(&plan)?)?;
@@ -136,7 +142,7 @@ impl Replacement {
                 opened = Some(since);
             }
         }
-        let state = State { journal, step, since, opened, locks: Vec::new() };
+        let state = State { journal, step, since, opened, locks: Vec::new(), alone: None };
         Ok(Some(Self { place, plan, state: Mutex::new(state) }))
     }
 
@@ -245,6 +251,7 @@ impl Replacement {
     pub fn lock_trees(&self) -> Result<(), Failure> {
         let mut state = self.lock();
         if state.locks.is_empty() {
+            state.alone = take_alone(&self.place.data_directory)?;
             let place = &self.place;
             let mut trees = vec![place.data_directory.clone(), place.new_tree(), place.old_tree()];
             // In form `exchange` the last two are one.
@@ -257,7 +264,9 @@ impl Replacement {
 
     /// Lets go of the locks, for the server to start.
     pub fn unlock_trees(&self) {
-        self.lock().locks.clear();
+        let mut state = self.lock();
+        state.locks.clear();
+        state.alone = None;
     }
 
     /// The new tree takes the data directory's place: `Stopped` to `InPlace`.
@@ -273,9 +282,9 @@ impl Replacement {
             }
             Form::Move => {
                 self.record(Step::SettingAside)?;
-                trees::take_out(&place.data_directory, &place.old_tree())?;
+                trees::take_out(&place.data_directory, &place.old_tree(), &place.strays())?;
                 self.record(Step::PuttingIn)?;
-                trees::put_in(&place.new_tree(), &place.data_directory)?;
+                trees::put_in(&place.new_tree(), &place.data_directory, &place.strays())?;
             }
         }
         self.record(Step::InPlace)
@@ -301,11 +310,11 @@ impl Replacement {
                 );
                 if has_new {
                     self.record(Step::TakingOut)?;
-                    trees::take_out(&place.data_directory, &place.new_tree())?;
+                    trees::take_out(&place.data_directory, &place.new_tree(), &place.strays())?;
                 }
                 if !matches!(self.step(), Step::Staged | Step::Stopped) {
                     self.record(Step::PuttingBack)?;
-                    trees::put_in(&place.old_tree(), &place.data_directory)?;
+                    trees::put_in(&place.old_tree(), &place.data_directory, &place.strays())?;
                 }
             }
         }
@@ -365,6 +374,27 @@ pub fn all(data_directory: &Path) -> Result<Vec<Replacement>, Failure> {
         }
     }
     Ok(found)
+}
+
+/// Marks a data directory as one that is being replaced. 3634: a donor's clone reads it.
+pub fn take_alone(data_directory: &Path) -> Result<Option<InUse>, Failure> {
+    match InUse::alone(data_directory) {
+        Ok(in_use) => Ok(Some(in_use)),
+        Err(InUseError::Taken) => Err(Failure::precondition(
+            "IS_DONOR",
+            format!(
+                "this server is the donor of a clone that runs: its data in {} cannot be replaced; \
+                 wait for that clone, or cancel it",
+                data_directory.display()
+            ),
+        )
+        .mysql(3634)),
+        // A file system without locks (some FUSE) has no such guard.
+        Err(InUseError::Io(e)) => {
+            warn!(error = %e, "the data directory cannot be marked as being replaced");
+            Ok(None)
+        }
+    }
 }
 
 /// Makes the directory that the form `move` works in.

@@ -1,8 +1,8 @@
 //! How trees change places, in either form. Every move can be made again from wherever it stopped.
 //!
-//! While entries move one by one, a directory stands where the server expects its system
-//! tablespace: a server that somebody starts on a half of a tree ends with an error, and does not
-//! make a new database of it.
+//! While entries move one by one, directories stand where the server expects the files that it opens
+//! first: one that somebody starts on a half of a tree ends with an error, and does not make a new
+//! database of it.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -17,10 +17,13 @@ use rustix::{
     io::Errno,
 };
 
+use tracing::warn;
+
 use super::place::INNER_DIRECTORY;
 
-/// The file without which no server starts, and in whose place the guard stands.
-const GUARDED_FILE: &str = "ibdata1";
+/// Files that a server opens first, and in whose places the guards stand: without these MariaDB and
+/// MySQL make new ones, and with them a new database.
+const GUARDED_FILES: [&str; 2] = ["aria_log_control", "ibdata1"];
 
 /// Two directories change places by one rename, durable when this returns.
 pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
@@ -32,62 +35,88 @@ pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Moves all entries of a data directory out into `aside`; a guard stays.
-pub(super) fn take_out(data_directory: &Path, aside: &Path) -> Result<(), Failure> {
+/// Moves all entries of a data directory out into `aside`; guards stay.
+///
+/// A server that somebody has started meanwhile may have made files before it met a guard. One whose
+/// name has been moved out already is such a stray, and goes to `strays`.
+pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Result<(), Failure> {
     make_directory(aside)?;
-    let guarded = data_directory.join(GUARDED_FILE);
-    match guarded.symlink_metadata() {
-        Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => {
-            rename(&guarded, &aside.join(GUARDED_FILE))?;
-            make_directory(&guarded)?;
+    for name in GUARDED_FILES {
+        let guarded = data_directory.join(name);
+        match guarded.symlink_metadata() {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => {
+                rename(&guarded, &aside.join(name))?;
+                make_directory(&guarded)?;
+            }
+            // A crash may have come between the two; or there was none.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => make_directory(&guarded)?,
+            Err(e) => return Err(Failure::io("look at", &guarded, &e)),
         }
-        // A crash may have come between the two.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => make_directory(&guarded)?,
-        Err(e) => return Err(Failure::io("look at", &guarded, &e)),
     }
     sync_directory(data_directory)?;
     for name in entries(data_directory)? {
-        rename(&data_directory.join(&name), &aside.join(&name))?;
+        let (from, to) = (data_directory.join(&name), aside.join(&name));
+        if to.symlink_metadata().is_ok() {
+            set_stray_aside(&from, strays)?;
+        } else {
+            rename(&from, &to)?;
+        }
     }
     sync_directory(aside)?;
     sync_directory(data_directory)
 }
 
-/// Moves all entries of `from` into a data directory; the guard goes last.
-pub(super) fn put_in(from: &Path, data_directory: &Path) -> Result<(), Failure> {
+/// Moves all entries of `from` into a data directory; the guards go last. What stands in the way
+/// there is a stray, as above.
+pub(super) fn put_in(from: &Path, data_directory: &Path, strays: &Path) -> Result<(), Failure> {
     if !from.is_dir() {
         // A crash came before the first entry had moved out to it.
         return Ok(());
     }
     for name in entries(from)? {
-        rename(&from.join(&name), &data_directory.join(&name))?;
+        let to = data_directory.join(&name);
+        if to.symlink_metadata().is_ok() {
+            set_stray_aside(&to, strays)?;
+        }
+        rename(&from.join(&name), &to)?;
     }
     sync_directory(data_directory)?;
-    let (guarded, file) = (data_directory.join(GUARDED_FILE), from.join(GUARDED_FILE));
-    match rustix::fs::rmdir(&guarded) {
-        // A file: this was done before.
-        Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
-        Err(e) => return Err(Failure::io("remove the guard", &guarded, &e.into())),
-    }
-    if file.symlink_metadata().is_ok() {
-        rename(&file, &guarded)?;
+    for name in GUARDED_FILES {
+        let (guarded, file) = (data_directory.join(name), from.join(name));
+        match rustix::fs::rmdir(&guarded) {
+            // A file: this was done before.
+            Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(e) => return Err(Failure::io("remove the guard", &guarded, &e.into())),
+        }
+        if file.symlink_metadata().is_ok() {
+            rename(&file, &guarded)?;
+        }
     }
     sync_directory(from)?;
     sync_directory(data_directory)
 }
 
+fn set_stray_aside(path: &Path, strays: &Path) -> Result<(), Failure> {
+    make_directory(strays)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let to = strays.join(format!("{name}-{}", uuid::Uuid::new_v4()));
+    warn!(path = %path.display(), "somebody has made this while trees moved; it is set aside");
+    rename(path, &to)
+}
+
 /// What stays where it is: the directory that the install works in, and the file system's own.
 const LEFT_IN_PLACE: [&str; 2] = [INNER_DIRECTORY, "lost+found"];
 
-/// Names of what moves, the guarded file not among them.
+/// Names of what moves, guarded files not among them.
 fn entries(directory: &Path) -> Result<Vec<OsString>, Failure> {
     let failed = |e: io::Error| Failure::io("read directory", directory, &e);
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         let stays = LEFT_IN_PLACE.iter().any(|stays| name == OsStr::new(stays));
-        if !stays && name != OsStr::new(GUARDED_FILE) {
+        let is_guarded = GUARDED_FILES.iter().any(|guarded| name == OsStr::new(guarded));
+        if !stays && !is_guarded {
             names.push(name);
         }
     }
@@ -159,36 +188,48 @@ mod tests {
     /// one entry moved by hand before.
     #[test]
     fn entries_move_out_and_in_and_back_from_wherever_they_stopped() {
-        let (_directory, data, new, old) = prepared();
+        let (directory, data, new, old) = prepared();
+        let strays = directory.path().join("strays");
         std::fs::create_dir(&old).unwrap();
         rustix::fs::rename(data.join("schema"), old.join("schema")).unwrap();
         let (first, second) = (content(&new), 3);
         for _ in 0..2 {
-            take_out(&data, &old).unwrap();
+            take_out(&data, &old, &strays).unwrap();
         }
         assert_eq!(content(&old).len(), second);
-        assert!(data.join(GUARDED_FILE).is_dir(), "no server starts on half a tree");
+        assert!(data.join("ibdata1").is_dir(), "no server starts on half a tree");
         rustix::fs::rename(new.join("schema"), data.join("schema")).unwrap();
         for _ in 0..2 {
-            put_in(&new, &data).unwrap();
+            put_in(&new, &data, &strays).unwrap();
         }
         assert_eq!(content(&data), first);
         for _ in 0..2 {
-            take_out(&data, &new).unwrap();
+            take_out(&data, &new, &strays).unwrap();
         }
         for _ in 0..2 {
-            put_in(&old, &data).unwrap();
+            put_in(&old, &data, &strays).unwrap();
         }
         assert!(content(&data).values().all(|mark| mark == "old"));
         assert_eq!(content(&new), first);
     }
 
+    /// Guards against a server that somebody has started on half a tree: what it has made before it
+    /// met a guard is in nobody's way, and nothing of either tree is overwritten.
     #[test]
-    fn nothing_is_overwritten() {
-        let (_directory, data, _new, old) = prepared();
-        std::fs::create_dir_all(&old).unwrap();
-        std::fs::write(old.join("ib_logfile0"), "someone's").unwrap();
-        take_out(&data, &old).unwrap_err();
-        assert_eq!(std::fs::read_to_string(old.join("ib_logfile0")).unwrap(), "someone's");
+    fn strays_are_set_aside() {
+        let (directory, data, new, old) = prepared();
+        let strays = directory.path().join("strays");
+        take_out(&data, &old, &strays).unwrap();
+        std::fs::write(data.join("ib_logfile0"), "stray").unwrap();
+        std::fs::write(data.join("ddl_recovery.log"), "stray").unwrap();
+        put_in(&new, &data, &strays).unwrap();
+        assert!(content(&data).values().all(|mark| mark == "new"));
+        take_out(&data, &new, &strays).unwrap();
+        std::fs::write(data.join("ib_logfile0"), "stray").unwrap();
+        take_out(&data, &new, &strays).unwrap();
+        put_in(&old, &data, &strays).unwrap();
+        assert!(content(&data).values().all(|mark| mark == "old"));
+        assert!(content(&new).values().all(|mark| mark == "new"));
+        assert_eq!(std::fs::read_dir(&strays).unwrap().count(), 2);
     }
 }

@@ -12,7 +12,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -26,7 +26,7 @@ use marcot_tests::{
     killer::Blow,
     recipient,
     site::{Site, copy_tree},
-    wait_for,
+    volume::{run, unmount},
 };
 use tonic::transport::Channel;
 
@@ -444,14 +444,7 @@ impl Volume {
 
     fn unmount(&self) {
         // Processes that were killed may still be closing their files.
-        let mounts = || std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let is_mounted = || mounts().contains(&format!(" {} ", self.mount_point.display()));
-        wait_for("the volume to be unmounted", || {
-            if is_mounted() {
-                drop(Command::new("umount").arg(&self.mount_point).output());
-            }
-            (!is_mounted()).then_some(())
-        });
+        unmount(&self.mount_point);
     }
 }
 
@@ -464,13 +457,6 @@ impl Drop for Volume {
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|e| panic!("{program}: {e}; `make test` installs it"));
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {error}");
 }
 
 /// A small generator whose numbers follow from its seed.

@@ -1,5 +1,6 @@
 //! The other two ways to a server that is stopped and started: a person, and commands.
 
+use marcot_common::in_use::InUse;
 use marcot_proto::recipient::v1::{
     AcceptCloneRequest, CancelCloneRequest, CloneOptions, GetCloneRequest, InstallCloneRequest,
     InstallStep, RollbackCloneRequest, State,
@@ -9,7 +10,8 @@ use marcot_tests::{
     client::wait_for_end,
     mariadb::{self, MariaDb},
     recipient,
-    site::Site,
+    site::{Site, copy_tree},
+    volume::{Mounted, run},
     wait_for,
 };
 
@@ -155,4 +157,74 @@ async fn the_same_request_is_the_same_clone_and_another_generation_is_refused() 
     let refused = site.begin(&mut client, other.clone()).await.expect_err("another generation");
     assert!(refused.message().contains(&clone.install.unwrap().generation), "{refused}");
     assert_eq!(site.mark(), "new");
+}
+
+/// A supervisor whose server cannot start, for want of data, is where a clone comes first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervised_server_without_data_is_seeded_and_starts() {
+    let site = Site::new();
+    std::fs::remove_dir_all(&site.data).expect("our own directory");
+    std::fs::create_dir(&site.data).expect("writable");
+    let (data, socket) = (site.data.display().to_string(), site.socket.display().to_string());
+    let state = site.state.display().to_string();
+    let options = [
+        "--data-directory",
+        &data,
+        "--database-socket",
+        &socket,
+        "--database-user",
+        "root",
+        "--state-directory",
+        &state,
+    ];
+    let at = Recipient::supervise(site.home.path(), &options, &site.command(), &[]);
+    let (_, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(clone.install.expect("an install").step(), InstallStep::Accepted);
+    assert_eq!(site.mark(), "new");
+    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+}
+
+/// Where there is no room for both, and the caller says so, the old data go first.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_data_are_discarded_first_only_when_asked_for() {
+    let mut site = Site::new();
+    let volume = Mounted::image(&site.path("volume"), "320M", &["mkfs.ext4", "-q", "-F"]);
+    let data = volume.mount_point.join("own");
+    copy_tree(&site.data, &data);
+    std::fs::write(data.join("auto.cnf"), "mine").expect("writable");
+    site.data = data;
+    let filler = volume.mount_point.join("filler");
+    run("fallocate", &["-l", "150M", filler.to_str().expect("plain")]);
+    let mut at = site.supervise(&[]);
+    let (mut client, clone) = site.replace(&at).await;
+    assert_eq!(clone.error.expect("no room").error_number, 3873);
+    let options = CloneOptions { discard_old_data_first: true, ..Default::default() };
+    let clone = site.begin(&mut client, options).await.expect("accepted");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(site.mark(), "new");
+    let identity = std::fs::read_to_string(site.data.join("auto.cnf")).expect("it stays");
+    assert_eq!(identity, "mine");
+    assert_eq!(at.0.terminate(), Some(0));
+}
+
+/// Guards against a donor whose data are replaced under its clone, and a clone of data that are being
+/// replaced.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_of_a_running_clone_is_not_replaced_and_what_is_replaced_is_no_donor() {
+    let site = Site::new();
+    let at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let read = InUse::shared(&site.data).expect("nobody else has it");
+    let refused = site.begin(&mut client, CloneOptions::default()).await.expect_err("it is read");
+    assert!(refused.message().contains("is the donor of a clone"), "{refused}");
+    drop(read);
+    let replaced = InUse::alone(&site.path("source")).expect("nobody else has it");
+    let clone = site.begin(&mut client, CloneOptions::default()).await.expect("accepted");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    assert_eq!(clone.error.expect("a failure").reason, "DATA_DIRECTORY_REPLACED");
+    drop(replaced);
+    let (_, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
 }

@@ -81,3 +81,38 @@ fn quoted(name: &str) -> String {
 fn unhealthy(why: String) -> Failure {
     Failure::precondition("SERVER_NOT_HEALTHY", why)
 }
+
+/// What a server says of itself that decides whether its data can be replaced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Replaceable {
+    /// Whether it is a node of a Galera cluster.
+    pub is_galera: bool,
+    /// Directories that it does not take for schemas (ignore_db_dirs).
+    pub ignored_directories: Vec<String>,
+    /// Where its binary log is, when it writes one.
+    pub binlog_basename: Option<String>,
+}
+
+/// Asks a server that runs on the data that are to be replaced.
+pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> {
+    let mut session = Server::new(config)?.connect()?;
+    let rows = session
+        .rows(
+            "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
+             ('wsrep_on', 'ignore_db_dirs', 'log_bin_basename')",
+        )
+        .map_err(|e| e.failure("ask the server"))?;
+    let mut found = Replaceable::default();
+    for row in &rows {
+        let value = row.text(1);
+        match row.text(0).as_str() {
+            "wsrep_on" => found.is_galera = value.eq_ignore_ascii_case("ON"),
+            "ignore_db_dirs" => {
+                found.ignored_directories = value.split(',').map(str::to_owned).collect();
+            }
+            "log_bin_basename" if !value.is_empty() => found.binlog_basename = Some(value),
+            _ => {}
+        }
+    }
+    Ok(found)
+}

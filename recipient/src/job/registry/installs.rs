@@ -30,7 +30,7 @@ use crate::{
     server_control::ServerControl,
     settings::Settings,
     source::blocking,
-    staging::Staging,
+    staging::{Staging, allocated_bytes},
 };
 
 /// How often it is looked whether kept data have outlived their time.
@@ -551,19 +551,4 @@ fn not_installed(clone: &pb::Clone) -> Failure {
             clone.name
         ),
     )
-}
-
-/// What a tree takes on the disk; what cannot be looked at counts nothing.
-fn allocated_bytes(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt as _;
-    let Ok(metadata) = path.symlink_metadata() else {
-        return 0;
-    };
-    let below: u64 = match std::fs::read_dir(path) {
-        Ok(entries) if metadata.is_dir() => {
-            entries.flatten().map(|entry| allocated_bytes(&entry.path())).sum()
-        }
-        _ => 0,
-    };
-    below + metadata.blocks() * 512
 }
