@@ -220,6 +220,8 @@ pub fn new_socket() -> PathBuf {
 pub fn ask(socket: &Path, sql: &str) -> Result<String, String> {
     let output = Command::new("mariadb")
         .args(["--no-defaults", "--batch", "--skip-column-names", "--user=root"])
+        // A server that hangs while it starts takes connections and greets nobody.
+        .arg("--connect-timeout=10")
         .arg(format!("--socket={}", socket.display()))
         .arg(format!("--execute={sql}"))
         .output()

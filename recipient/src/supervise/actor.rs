@@ -198,12 +198,13 @@ impl Actor {
     }
 }
 
-/// Has the kernel send the child SIGTERM when this process is killed: a server that nobody
-/// supervises would stand in the way of the next start. (A child that changes its user loses this;
-/// the next start then waits for it and names it.)
+/// Has the kernel kill the child when this process is killed, as it does in a container: a server
+/// that nobody supervises would stand in the way of the next start. Not SIGTERM: a MariaDB that gets
+/// it while it starts may hang for ever. (A child that changes its user loses this; the next start
+/// then waits for it and names it.)
 #[expect(unsafe_code, reason = "what runs between fork and exec cannot be checked")]
 fn end_with_this_process(command: &mut Command) {
-    let set = || Ok(rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?);
+    let set = || Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?);
     // SAFETY: one system call that allocates nothing and takes no lock.
     unsafe {
         command.pre_exec(set);
