@@ -17,9 +17,14 @@ help:
 	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
 	@echo "make bench BENCH=mariadb    clones of a live server beside mariadb-backup, end to end"
 	@echo "make bench BENCH=cuts       how long commits are blocked, CUTS=200 times"
-	@echo "make soak N=20 [SABOTAGE=x] clone a live MariaDB over and over, and check each clone"
+	@echo "make bench BENCH=delta      a changed database onto an older copy, beside rsync"
+	@echo "make bench BENCH=resume     what is left to do after a kill"
+	@echo "make test-mysql             install MySQL 9.7 in a tree of its own, clone it live, check"
+	@echo "make soak N=20 [SABOTAGE=x] [DATABASE=mysql]"
+	@echo "                            clone a live server over and over, and check each clone"
 	@echo "make crash-matrix KILLS=100 CUTS=50"
 	@echo "                            kill and power-cut installs after every step and at random"
+	@echo "make faults N=200 [SEED=x]  break something in each of N clones of a live MariaDB"
 	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
@@ -55,7 +60,7 @@ descriptor:
 	@tests/tools/descriptor.sh
 
 soak:
-	@tests/tools/setup.sh test
+	@tests/tools/setup.sh test $(if $(filter mysql,$(DATABASE)),mysql)
 	@tests/tools/soak.sh
 
 fuzz:
@@ -66,6 +71,13 @@ crash-matrix:
 	@tests/tools/setup.sh test
 	@tests/tools/crash_matrix.sh
 
-faults test-mysql deploy-test audit:
+faults:
+	@tests/tools/setup.sh test
+	@tests/tools/faults.sh
+
+test-mysql:
+	@tests/tools/test_mysql.sh
+
+deploy-test audit:
 	@echo "make $@: not available yet" >&2
 	@exit 1

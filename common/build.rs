@@ -1,7 +1,8 @@
 //! Names the commit that is built, for `--version` and `marcot_build_info`.
 //!
-//! Order: git, the variable MARCOT_COMMIT, "unknown". Runs again only when HEAD moves: a path that
-//! does not exist is never watched, since cargo would then run this script on every build.
+//! Order: git, the variable MARCOT_COMMIT, "unknown"; a debug build does not ask git, for each commit
+//! would build every crate again. Runs again only when HEAD moves: a path that does not exist is
+//! never watched, since cargo would then run this script on every build.
 
 use std::{
     env,
@@ -12,8 +13,9 @@ use std::{
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=MARCOT_COMMIT");
-    let commit = git(&["rev-parse", "--short", "HEAD"]);
-    if commit.is_some() {
+    let is_debug = env::var("PROFILE").is_ok_and(|profile| profile == "debug");
+    let asked = if is_debug { None } else { git(&["rev-parse", "--short", "HEAD"]) };
+    if asked.is_some() {
         // A commit on a branch leaves HEAD as it is; the log of HEAD grows with every move.
         for name in ["HEAD", "logs/HEAD", "packed-refs"] {
             watch(name);
@@ -22,11 +24,11 @@ fn main() {
             watch(&branch);
         }
     }
-    let commit = commit
+    let commit = asked
         .or_else(|| env::var("MARCOT_COMMIT").ok())
         .map(|commit| commit.trim().to_owned())
         .filter(|commit| !commit.is_empty() && !commit.contains(char::is_whitespace))
-        .unwrap_or_else(|| "unknown".to_owned());
+        .unwrap_or_else(|| if is_debug { "debug" } else { "unknown" }.to_owned());
     println!("cargo::rustc-env=MARCOT_BUILD_COMMIT={commit}");
 }
 

@@ -7,9 +7,9 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -21,7 +21,7 @@ use opaque_ke::{
 use rand::rngs::OsRng;
 use serde::{Deserialize, Serialize};
 
-use crate::{connection::Privilege, durable::write_atomically};
+use crate::{connection::Privilege, durable::write_atomically, reloaded::Reloaded};
 
 /// What the log-in is made of. A change of any part makes every accounts file unreadable.
 #[derive(Debug)]
@@ -316,38 +316,20 @@ fn verifier_of(stored: &Stored) -> Option<ServerRegistration<Suite>> {
 
 /// An accounts file that is read again when it has changed.
 #[derive(Debug)]
-pub struct AccountsFile {
-    path: PathBuf,
-    loaded: Mutex<(Stamp, Arc<Accounts>)>,
-}
-
-/// What changes when a file is replaced or written.
-type Stamp = (u64, i64, i64, u64);
+pub struct AccountsFile(Reloaded<Accounts, AccountsError>);
 
 impl AccountsFile {
     /// Reads the file, which must be right at the start.
     pub fn open(path: &Path) -> Result<Self, AccountsError> {
-        let stamp = stamp(path)?;
-        let accounts = Arc::new(Accounts::open(path)?);
-        Ok(Self { path: path.to_owned(), loaded: Mutex::new((stamp, accounts)) })
+        let file = path.to_owned();
+        Reloaded::open(vec![file.clone()], move || Accounts::open(&file)).map(Self)
     }
 
     /// The accounts as the file has them now. A file that has become wrong is an error: an account
     /// that was removed must not live on in memory.
     pub fn current(&self) -> Result<Arc<Accounts>, AccountsError> {
-        let now = stamp(&self.path)?;
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if loaded.0 != now {
-            *loaded = (now, Arc::new(Accounts::open(&self.path)?));
-        }
-        Ok(Arc::clone(&loaded.1))
+        self.0.current()
     }
-}
-
-fn stamp(path: &Path) -> Result<Stamp, AccountsError> {
-    let metadata =
-        fs::metadata(path).map_err(|source| AccountsError::Io { path: path.to_owned(), source })?;
-    Ok((metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.size()))
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub use units::{
 pub const VERSION_WITH_COMMIT: &str =
     concat!(env!("CARGO_PKG_VERSION"), " (", env!("MARCOT_BUILD_COMMIT"), ")");
 
-/// The commit that was built, or "unknown".
+/// The commit that was built; "debug" in a debug build, "unknown" where nothing tells.
 pub const COMMIT: &str = env!("MARCOT_BUILD_COMMIT");
 
 /// Flags that lead to the configuration and cannot stand in it.
@@ -222,6 +222,7 @@ fn as_flags(arg: &Arg, given: &Given) -> Result<Vec<OsString>, String> {
         let alone = Arg::new("value")
             .long("value")
             .action(arg.get_action().clone())
+            .value_delimiter(arg.get_value_delimiter())
             .value_parser(arg.get_value_parser().clone());
         let checked = Command::new("check")
             .no_binary_name(true)

@@ -5,8 +5,10 @@
 //! * REQUIRE SSL never ends in plaintext.
 //! * Without a clause, plaintext follows only on the server's one defined answer to a TLS hello,
 //!   and never when a CA, a fingerprint or a client certificate is set.
+//! * With a donor list, only addresses that it allows are connected to, pinned ones included.
 //! * A channel is one connection: it does not reconnect by itself, for it would not be logged in.
 
+mod advice;
 mod peer;
 mod stream;
 
@@ -29,6 +31,7 @@ use tonic::{
 use self::stream::{Io, Recorder, Seen};
 pub use crate::tls::client::ClientTls;
 use crate::{
+    donor_list::DonorList,
     failure::{Failure, chain},
     listener::NO_TLS_ANSWER,
     tls::{EXPORTER_LABEL, Fingerprint, Versions, cipher_text},
@@ -41,6 +44,9 @@ const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a plaintext peer may take to speak first: a MySQL server does at once, a Marcot server
 /// never does.
 const GREETING_WAIT: Duration = Duration::from_millis(300);
+
+/// Most addresses of a name that are tried.
+const ADDRESSES_MAX: usize = 8;
 
 /// HTTP/2 frames and windows: frames as large as chunks, and windows that hold enough of them to
 /// keep a link of 1 GiB/s and 4 ms busy. Fixed ones are faster than hyper's adaptive ones.
@@ -78,8 +84,10 @@ pub struct ConnectOptions {
     pub ssl_mode: SslMode,
     /// Whom to believe.
     pub tls: ClientTls,
-    /// The address that the first connection found: further ones go there.
-    address: Option<SocketAddr>,
+    /// Which addresses may be connected to; `None`: all.
+    donors: Option<Arc<DonorList>>,
+    /// The address that the last connection of this clone found: further ones go there.
+    address: Option<Arc<Mutex<SocketAddr>>>,
     /// Longest wait for each step: TCP, TLS, the first answer.
     timeout: Duration,
     /// Streams at one time on the connection.
@@ -122,6 +130,7 @@ impl ConnectOptions {
             port,
             ssl_mode,
             tls: ClientTls::default(),
+            donors: None,
             address: None,
             timeout: CONNECT_MAX,
             streams: 1,
@@ -133,6 +142,12 @@ impl ConnectOptions {
     #[must_use]
     pub fn with_tls(self, tls: ClientTls) -> Self {
         Self { tls, ..self }
+    }
+
+    /// The same, to addresses that `donors` allow and no others.
+    #[must_use]
+    pub fn with_donors(self, donors: Arc<DonorList>) -> Self {
+        Self { donors: Some(donors), ..self }
     }
 
     /// The same, with another bound than 10 s on each step of the way: TCP, TLS, the first answer.
@@ -159,17 +174,56 @@ impl ConnectOptions {
         WINDOW_BYTES.saturating_mul(self.streams).min(WINDOW_BYTES_MAX)
     }
 
-    /// For the further connections of the same clone: the same address, mode and certificate.
+    /// For the further connections of the same clone: the same address and mode, and a certificate
+    /// that is believed for the same reason as the first: by its fingerprint, or by its CA and the
+    /// donor's name, so that it may be renewed while the clone runs.
     #[must_use]
     pub fn pinned(&self, connection: &DonorConnection) -> Self {
-        let ssl_mode =
-            if connection.security.encrypted { SslMode::Required } else { SslMode::Disabled };
+        let fingerprint = self.tls.fingerprint.map(|fingerprint| fingerprint.0);
+        self.pinned_to(connection.peer, connection.security.encrypted, fingerprint)
+    }
+
+    /// As `pinned`, to what `pins` said of them.
+    #[must_use]
+    pub fn pinned_to(
+        &self,
+        address: SocketAddr,
+        encrypted: bool,
+        fingerprint: Option<[u8; 32]>,
+    ) -> Self {
+        let address = Some(Arc::new(Mutex::new(address)));
+        Self { address, ..self.pinned_as(encrypted, fingerprint) }
+    }
+
+    /// For another connection of the same clone to wherever its name leads now: the same mode and
+    /// certificate.
+    #[must_use]
+    pub fn pinned_as(&self, encrypted: bool, fingerprint: Option<[u8; 32]>) -> Self {
         Self {
-            ssl_mode,
-            // The chain was verified once; from then on it must be this very certificate.
-            tls: self.tls.with_fingerprint(connection.security.fingerprint),
-            address: Some(connection.peer),
+            ssl_mode: if encrypted { SslMode::Required } else { SslMode::Disabled },
+            tls: self.tls.with_fingerprint(fingerprint),
             ..self.clone()
+        }
+    }
+
+    /// Address, whether it is encrypted, and fingerprint of the one certificate that is believed, of a clone's further connections; `None`
+    /// before there was a first one.
+    #[must_use]
+    pub fn pins(&self) -> Option<(SocketAddr, bool, Option<[u8; 32]>)> {
+        let encrypted = self.ssl_mode == SslMode::Required;
+        let fingerprint = self.tls.fingerprint.map(|fingerprint| fingerprint.0);
+        Some((self.pinned_address()?, encrypted, fingerprint))
+    }
+
+    fn pinned_address(&self) -> Option<SocketAddr> {
+        let pinned = self.address.as_ref()?;
+        Some(*pinned.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Further connections go where this one went: the host may have another address by now.
+    fn follow(&self, peer: SocketAddr) {
+        if let Some(pinned) = &self.address {
+            *pinned.lock().unwrap_or_else(PoisonError::into_inner) = peer;
         }
     }
 
@@ -196,9 +250,12 @@ pub async fn connect(options: &ConnectOptions) -> Result<DonorConnection, Failur
             },
         }
     };
-    tokio::time::timeout(options.timeout * 2, connected).await.unwrap_or_else(|_| {
+    let connected = tokio::time::timeout(options.timeout * 2, connected).await;
+    let connection = connected.unwrap_or_else(|_| {
         Err(unreachable(2013, format!("{} did not finish connecting in time", options.name())))
-    })
+    })?;
+    options.follow(connection.peer);
+    Ok(connection)
 }
 
 /// Why TLS did not come about.
@@ -307,20 +364,17 @@ fn tls_failure(options: &ConnectOptions, error: &io::Error, seen: &[u8], no_tls:
         ),
         Some(rustls::Error::InvalidCertificate(why)) => (
             "CERTIFICATE_NOT_TRUSTED",
-            format!(
-                "the certificate of {name} is not trusted: {why}; give its CA (--ssl-ca FILE) or \
-                 the certificate's SHA-256 fingerprint, which the donor prints at start \
-                 (--donor-fingerprint)"
-            ),
+            format!("the certificate of {name} is not trusted: {why}; {}", advice::on(why)),
         ),
         Some(rustls::Error::General(why)) => ("CERTIFICATE_NOT_TRUSTED", format!("{name}: {why}")),
         Some(rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)) => {
             return no_http2(options);
         }
-        Some(rustls::Error::AlertReceived(alert)) => (
-            "TLS_REFUSED",
-            format!("{name} refused TLS with alert {alert:?}; it may want a client certificate"),
-        ),
+        Some(rustls::Error::AlertReceived(alert)) => {
+            let alert = format!("{alert:?}");
+            let advice = advice::on_alert(&alert);
+            ("TLS_REFUSED", format!("{name} refused TLS with alert {alert}: {advice}"))
+        }
         Some(_) if !seen.is_empty() && !matches!(seen[0], 0x15 | 0x16) => {
             ("NO_TLS_PEER", format!("{name} {}", peer::describe(seen)))
         }
@@ -335,14 +389,36 @@ fn tls_failure(options: &ConnectOptions, error: &io::Error, seen: &[u8], no_tls:
 }
 
 async fn connect_tcp(options: &ConnectOptions) -> Result<(TcpStream, SocketAddr), Failure> {
-    let name = options.name();
-    let addresses: Vec<SocketAddr> = match options.address {
-        Some(address) => vec![address],
-        None => tokio::net::lookup_host((options.host.as_str(), options.port))
-            .await
-            .map_err(|e| unreachable(2005, format!("unknown host `{}`: {e}", options.host)))?
-            .take(8)
-            .collect(),
+    let Some(pinned) = options.pinned_address() else {
+        return connect_any(options, &look_up(options).await?).await;
+    };
+    let failure = match connect_any(options, &[pinned]).await {
+        Err(failure) => failure,
+        connected => return connected,
+    };
+    // A donor that was moved to another host of a cluster has another address under the same name.
+    // One whose name still has the old address is down, and awaited there: the others are not it.
+    match look_up(options).await {
+        Ok(addresses) if !addresses.contains(&pinned) => connect_any(options, &addresses).await,
+        _ => Err(failure),
+    }
+}
+
+async fn look_up(options: &ConnectOptions) -> Result<Vec<SocketAddr>, Failure> {
+    let found = tokio::net::lookup_host((options.host.as_str(), options.port)).await;
+    let found =
+        found.map_err(|e| unreachable(2005, format!("unknown host `{}`: {e}", options.host)));
+    Ok(found?.take(ADDRESSES_MAX).collect())
+}
+
+async fn connect_any(
+    options: &ConnectOptions,
+    addresses: &[SocketAddr],
+) -> Result<(TcpStream, SocketAddr), Failure> {
+    // What was looked up here is matched, and connected to: nothing looks the name up again.
+    let addresses = match &options.donors {
+        Some(donors) => donors.allowed(&options.host, addresses)?,
+        None => addresses.to_vec(),
     };
     let mut last = io::Error::other("the name has no address");
     for address in addresses {
@@ -357,7 +433,7 @@ async fn connect_tcp(options: &ConnectOptions) -> Result<(TcpStream, SocketAddr)
     }
     Err(unreachable(
         2003,
-        format!("cannot connect to {name}: {last}; is a Marcot donor listening there?"),
+        format!("cannot connect to {}: {last}; is a Marcot donor listening there?", options.name()),
     ))
 }
 
@@ -414,16 +490,18 @@ async fn probe(options: &ConnectOptions, channel: Channel, seen: &Seen) -> Resul
 fn not_opened(options: &ConnectOptions, why: &str) -> Failure {
     let name = options.name();
     match why.split_once("received fatal alert: ") {
-        Some((_, alert)) => Failure::new(
-            Code::FailedPrecondition,
-            "TLS_REFUSED",
-            format!(
-                "{name} refused TLS with alert {alert}; it may want a client certificate \
-                 (--ssl-cert and --ssl-key)"
-            ),
-        )
-        .mysql(2026)
-        .from_donor(),
+        Some((_, rest)) => {
+            // What follows is how the layers above show it.
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(rest.len());
+            let alert = &rest[..end];
+            Failure::new(
+                Code::FailedPrecondition,
+                "TLS_REFUSED",
+                format!("{name} refused TLS with alert {alert}: {}", advice::on_alert(alert)),
+            )
+            .mysql(2026)
+            .from_donor()
+        }
         None => unreachable(2013, format!("{name} is no Marcot donor: {why}")),
     }
 }

@@ -72,6 +72,8 @@ pub struct Connection {
     pub cipher: String,
     /// Of an encrypted connection: what binds a log-in to it (RFC 9266 tls-exporter).
     pub channel_binding: Option<[u8; 32]>,
+    /// Whom the client's certificate makes it.
+    certified: Option<Identity>,
     identity: OnceLock<Identity>,
 }
 
@@ -79,14 +81,26 @@ impl Connection {
     /// A plaintext connection that nobody has logged in on.
     #[must_use]
     pub fn plain(peer: SocketAddr) -> Self {
-        Self { peer, cipher: String::new(), channel_binding: None, identity: OnceLock::new() }
+        Self {
+            peer,
+            cipher: String::new(),
+            channel_binding: None,
+            certified: None,
+            identity: OnceLock::new(),
+        }
     }
 
     /// An encrypted connection that nobody has logged in on.
     #[must_use]
     pub fn encrypted_with(peer: SocketAddr, cipher: String, channel_binding: [u8; 32]) -> Self {
         let channel_binding = Some(channel_binding);
-        Self { peer, cipher, channel_binding, identity: OnceLock::new() }
+        Self { peer, cipher, channel_binding, certified: None, identity: OnceLock::new() }
+    }
+
+    /// The same, of a client whose certificate makes it somebody.
+    #[must_use]
+    pub fn certified_as(self, certified: Option<Identity>) -> Self {
+        Self { certified, ..self }
     }
 
     /// Whether it is encrypted.
@@ -95,10 +109,16 @@ impl Connection {
         self.channel_binding.is_some()
     }
 
-    /// Who has logged in.
+    /// Who has logged in, or else whom its certificate makes the client.
     #[must_use]
     pub fn identity(&self) -> Option<&Identity> {
-        self.identity.get()
+        self.identity.get().or(self.certified.as_ref())
+    }
+
+    /// Whether a secret may be taken from it: it is encrypted, or never leaves the host.
+    #[must_use]
+    pub fn is_confidential(&self) -> bool {
+        self.encrypted() || self.peer.ip().to_canonical().is_loopback()
     }
 
     /// Logs in, once: false when somebody has before.

@@ -15,7 +15,7 @@ pub enum Change {
     Replace,
     /// The file is now at this path.
     Rename,
-    /// The file is cut to its size.
+    /// The file is cut to its size, or extended to it: what is new reads as zero.
     Truncate,
     /// The path is gone, with all that is in it.
     Remove,

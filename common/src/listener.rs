@@ -22,11 +22,12 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     connection::{Connection, ConnectionInfo},
-    tls::{EXPORTER_LABEL, cipher_text, server::ServerTls},
+    identities::IdentitiesFile,
+    tls::{EXPORTER_LABEL, cipher_text, server::ReloadedTls},
 };
 
 /// What a server without TLS answers to a TLS hello. No TLS record begins like this.
@@ -59,13 +60,20 @@ const HTTP2_PREFACE: u8 = b'P';
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    tls: Option<ServerTls>,
+    tls: Option<Arc<ReloadedTls>>,
+    identities: Option<Arc<IdentitiesFile>>,
 }
 
 impl Listener {
     /// Listens; with TLS, both modes are served.
-    pub async fn bind(address: SocketAddr, tls: Option<ServerTls>) -> io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, tls })
+    pub async fn bind(address: SocketAddr, tls: Option<Arc<ReloadedTls>>) -> io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, tls, identities: None })
+    }
+
+    /// The same, with a word on who is who by his certificate.
+    #[must_use]
+    pub fn with_identities(self, identities: Option<Arc<IdentitiesFile>>) -> Self {
+        Self { identities, ..self }
     }
 
     /// The address, with the port that the system chose for port 0.
@@ -88,7 +96,6 @@ impl Listener {
     async fn accept(self, sender: mpsc::Sender<io::Result<ServerStream>>) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
-        let acceptor = self.tls.map(|tls| TlsAcceptor::from(tls.config));
         loop {
             let Ok(place) = Arc::clone(&connections).acquire_owned().await else {
                 return;
@@ -105,13 +112,17 @@ impl Listener {
                     continue;
                 }
             };
-            let (acceptor, sender) = (acceptor.clone(), sender.clone());
+            let (tls, identities, sender) =
+                (self.tls.clone(), self.identities.clone(), sender.clone());
             tokio::spawn(async move {
-                let opened = open(stream, peer, acceptor.as_ref(), place);
+                let opened = open(stream, peer, tls.as_deref(), identities.as_deref(), place);
                 match tokio::time::timeout(HANDSHAKE_MAX, opened).await {
                     // The receiver is gone when the server stops.
                     Ok(Ok(Some(stream))) => drop(sender.send(Ok(stream)).await),
                     Ok(Ok(None)) => {}
+                    Ok(Err(e)) if is_certificate_error(&e) => {
+                        info!(%peer, error = %e, "a client's certificate was refused");
+                    }
                     Ok(Err(e)) => debug!(%peer, error = %e, "a connection was refused"),
                     Err(_) => debug!(%peer, "a connection said nothing in time"),
                 }
@@ -124,7 +135,8 @@ impl Listener {
 async fn open(
     stream: TcpStream,
     peer: SocketAddr,
-    acceptor: Option<&TlsAcceptor>,
+    tls: Option<&ReloadedTls>,
+    identities: Option<&IdentitiesFile>,
     place: OwnedSemaphorePermit,
 ) -> io::Result<Option<ServerStream>> {
     stream.set_nodelay(true)?;
@@ -132,16 +144,20 @@ async fn open(
     if stream.peek(&mut first).await? == 0 {
         return Ok(None);
     }
-    let (io, connection) = match (first[0], acceptor) {
-        (TLS_HANDSHAKE, Some(acceptor)) => {
+    let (io, connection) = match (first[0], tls) {
+        (TLS_HANDSHAKE, Some(tls)) => {
             let stream = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
+            let acceptor = TlsAcceptor::from(Arc::clone(&tls.current().config));
             let stream = acceptor.accept(stream).await?;
             let session = stream.get_ref().1;
             let cipher = cipher_text(session);
             let binding = session
                 .export_keying_material([0; 32], EXPORTER_LABEL, None)
                 .map_err(io::Error::other)?;
-            let connection = Connection::encrypted_with(peer, cipher, binding);
+            let certificate = session.peer_certificates().and_then(<[_]>::first);
+            let certified = identities.zip(certificate).and_then(|(i, c)| i.of_certificate(c));
+            let connection =
+                Connection::encrypted_with(peer, cipher, binding).certified_as(certified);
             (Io::Tls(Box::new(stream)), connection)
         }
         (TLS_HANDSHAKE, None) => {
@@ -156,6 +172,15 @@ async fn open(
     };
     let connection = ConnectionInfo(Arc::new(connection));
     Ok(Some(ServerStream { io, connection, _place: place }))
+}
+
+/// Whether a handshake has failed since the client's certificate is missing or not believed.
+fn is_certificate_error(error: &io::Error) -> bool {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(
+        tls,
+        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented)
+    )
 }
 
 /// Says that there is no TLS here, and makes sure that it is heard: closing a socket with unread

@@ -1,19 +1,28 @@
-//! Log-in of a connection, both sides: by password (OPAQUE), or by a clone's key (Ed25519).
+//! Log-in of a connection, both sides: by password (OPAQUE), by a clone's key (Ed25519), or to an
+//! account of the donor's database, which is given the password itself.
 //!
-//! Both bind the TLS connection that they were made on, so a log-in cannot be relayed onto another.
+//! The first two bind the TLS connection that they were made on, so a log-in cannot be relayed onto
+//! another; the third gives the password to none but the donor that was verified.
 
 pub mod client;
+mod database;
+mod guesses;
 pub mod server;
 
 pub use client::{log_in_with_key, log_in_with_password};
+pub use database::{DatabaseAccounts, Trust};
 
 use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use opaque_ke::Identifiers;
+use zeroize::Zeroizing;
 
 use crate::failure::Failure;
 
 /// First bytes of what is signed: nothing else is signed with a clone's key.
 const KEY_DOMAIN: &[u8] = b"marcot key log-in v1";
+
+/// Bytes of an Ed25519 key's seed (RFC 8032, 5.1.5).
+pub const SEED_BYTES: usize = 32;
 
 /// First bytes of OPAQUE's context.
 const PASSWORD_DOMAIN: &[u8] = b"marcot log-in v1";
@@ -36,10 +45,11 @@ fn key_message(snapshot: &str, nonce: &[u8; 32], channel_binding: Option<&[u8; 3
 }
 
 /// A clone's own key: it opens a snapshot with the public half, and logs further connections in
-/// with the other, which never leaves the process.
+/// with the other, which never leaves this host.
 pub struct CloneKey {
     pair: Ed25519KeyPair,
     public: [u8; 32],
+    seed: Zeroizing<[u8; SEED_BYTES]>,
 }
 
 impl std::fmt::Debug for CloneKey {
@@ -51,11 +61,25 @@ impl std::fmt::Debug for CloneKey {
 impl CloneKey {
     /// A fresh key.
     pub fn generate() -> Result<Self, Failure> {
-        let pair = Ed25519KeyPair::generate()
+        let mut seed = Zeroizing::new([0; SEED_BYTES]);
+        aws_lc_rs::rand::fill(&mut seed[..])
+            .map_err(|_| Failure::bug("the system gives no random bytes"))?;
+        Self::from_seed(&seed)
+    }
+
+    /// The key that has this seed.
+    pub fn from_seed(seed: &[u8; SEED_BYTES]) -> Result<Self, Failure> {
+        let pair = Ed25519KeyPair::from_seed_unchecked(seed)
             .map_err(|_| Failure::bug("an Ed25519 key could not be made"))?;
         let public = pair.public_key().as_ref().try_into();
         let public = public.map_err(|_| Failure::bug("an Ed25519 key has another length"))?;
-        Ok(Self { pair, public })
+        Ok(Self { pair, public, seed: Zeroizing::new(*seed) })
+    }
+
+    /// All that is secret of it: to be kept where only this service reads, for a restart.
+    #[must_use]
+    pub fn seed(&self) -> &[u8; SEED_BYTES] {
+        &self.seed
     }
 
     /// The public half.

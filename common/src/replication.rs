@@ -7,6 +7,52 @@ use marcot_proto::common::v1::Coordinates;
 /// database are not known here.
 #[must_use]
 pub fn statements(at: &Coordinates, host: &str) -> Vec<String> {
+    let is_mysql = !at.server_version.is_empty() && !at.server_version.contains("MariaDB");
+    if is_mysql { of_mysql(at, host) } else { of_mariadb(at, host) }
+}
+
+/// MySQL: the clone itself knows what it has executed, and a replica's channels are in its tables.
+fn of_mysql(at: &Coordinates, host: &str) -> Vec<String> {
+    let host = quote(host);
+    let file = String::from_utf8_lossy(&at.binlog_file);
+    let by_position = format!(
+        "CHANGE REPLICATION SOURCE TO SOURCE_HOST = {host}, SOURCE_LOG_FILE = {}, SOURCE_LOG_POS = {};",
+        quote(&file),
+        at.binlog_position
+    );
+    let mut lines = Vec::new();
+    if file.is_empty() {
+        if at.lsn != 0 {
+            lines.push(NO_BINLOG.to_owned());
+        }
+    } else if at.gtid_executed.is_empty() {
+        lines.push("-- to replicate from the donor's server, by binary log position:".to_owned());
+        lines.push(by_position);
+    } else {
+        lines.push("-- to replicate from the donor's server, by GTID:".to_owned());
+        lines.push(format!(
+            "CHANGE REPLICATION SOURCE TO SOURCE_HOST = {host}, SOURCE_AUTO_POSITION = 1;"
+        ));
+        lines.push(format!("-- or by binary log position: {by_position}"));
+    }
+    for source in &at.sources {
+        lines.push(
+            "-- to replicate from the donor's own source, which the clone has settings of; started \
+             with --skip-replica-start:"
+                .to_owned(),
+        );
+        let channel = quote(&source.channel);
+        lines.push(format!(
+            "CHANGE REPLICATION SOURCE TO SOURCE_AUTO_POSITION = 1 FOR CHANNEL {channel};"
+        ));
+    }
+    lines
+}
+
+const NO_BINLOG: &str =
+    "-- the donor's server writes no binary log: the clone cannot be attached to it as a replica";
+
+fn of_mariadb(at: &Coordinates, host: &str) -> Vec<String> {
     let host = quote(host);
     let file = String::from_utf8_lossy(&at.binlog_file);
     let mut lines = Vec::new();
@@ -22,11 +68,7 @@ pub fn statements(at: &Coordinates, host: &str) -> Vec<String> {
             at.binlog_position
         ));
     } else if at.lsn != 0 {
-        lines.push(
-            "-- the donor's server writes no binary log: the clone cannot be attached to it as a \
-             replica"
-                .to_owned(),
-        );
+        lines.push(NO_BINLOG.to_owned());
     }
     for source in &at.sources {
         let name = match source.channel.as_str() {
@@ -74,6 +116,17 @@ mod tests {
         let none = Coordinates { lsn: 5, ..Default::default() };
         assert!(statements(&none, "db")[0].contains("no binary log"));
         assert!(statements(&Coordinates::default(), "db").is_empty(), "files have no database");
+        let mysql = Coordinates {
+            server_version: "9.7.4".to_owned(),
+            gtid_executed: "a-b:1-9".to_owned(),
+            ..position
+        };
+        let lines = statements(&mysql, "db");
+        assert_eq!(
+            lines[1],
+            "CHANGE REPLICATION SOURCE TO SOURCE_HOST = 'db', SOURCE_AUTO_POSITION = 1;"
+        );
+        assert!(lines[2].contains("SOURCE_LOG_FILE = 'bin.000002', SOURCE_LOG_POS = 42;"));
         let source = SourceCoordinates {
             channel: "eu".to_owned(),
             gtid_executed: "0-3-4".to_owned(),

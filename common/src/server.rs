@@ -22,12 +22,20 @@ use crate::{
     config::{ConfigOptions, VERSION_WITH_COMMIT, loopback_or_authenticated},
     durable::write_atomically,
     failure::chain,
+    identities::IdentitiesFile,
     listener::Listener,
-    login::server::{KeyDirectory, LogInService},
+    login::{
+        DatabaseAccounts,
+        server::{Database, KeyDirectory, LogInService},
+    },
+    network::Network,
     os,
     shutdown::Shutdown,
     telemetry::{self, LogOptions, Telemetry, metrics::Metrics, rpc::RpcLayer},
-    tls::{self, server::ServerTls},
+    tls::{
+        Versions,
+        server::{ReloadedTls, ServerTlsFiles},
+    },
 };
 
 /// HTTP/2 frames as large as chunks.
@@ -51,6 +59,9 @@ pub struct ServerOptions {
     /// Accounts file (see `marcot account`); without it nobody has to log in.
     #[arg(long, value_name = "FILE", env = "MARCOT_ACCOUNTS")]
     pub accounts: Option<PathBuf>,
+    /// Who is known by a client certificate or a token, and may do what; without it nobody is.
+    #[arg(long, value_name = "FILE", env = "MARCOT_IDENTITIES")]
+    pub identities: Option<PathBuf>,
     /// Certificate chain in PEM form; with it the port serves TLS as well as plaintext.
     #[arg(long, value_name = "FILE", env = "MARCOT_TLS_CERT", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
@@ -60,9 +71,19 @@ pub struct ServerOptions {
     /// CA of client certificates; with it every TLS client must show one.
     #[arg(long, value_name = "FILE", env = "MARCOT_TLS_CLIENT_CA", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
+    /// Client certificates that were revoked: CRLs of their CAs, in PEM form.
+    #[arg(long, value_name = "FILE", env = "MARCOT_TLS_CLIENT_CRL", requires = "tls_client_ca")]
+    pub tls_client_crl: Option<PathBuf>,
+    /// Oldest version of TLS that is spoken, 1.3 or 1.2.
+    #[arg(long, value_name = "VERSION", default_value = "1.3", env = "MARCOT_TLS_MIN_VERSION")]
+    pub tls_min_version: Versions,
     /// Refuse every call that comes in plaintext.
     #[arg(long, env = "MARCOT_REQUIRE_TLS", requires = "tls_cert")]
     pub require_tls: bool,
+    /// Addresses and networks that callers may come from, as 10.0.0.0/8; may be repeated
+    /// [default: from anywhere].
+    #[arg(long, value_name = "NETWORK", env = "MARCOT_ALLOW_FROM", value_delimiter = ',')]
+    pub allow_from: Vec<Network>,
     /// Port for probes and scrapes, in plaintext: /healthz, /readyz, /metrics, grpc.health.v1.
     #[arg(long, value_name = "ADDR", env = "MARCOT_ADMIN_LISTEN")]
     pub admin_listen: Option<SocketAddr>,
@@ -92,30 +113,74 @@ pub struct Role {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     /// Certificate in use.
-    pub tls: Option<ServerTls>,
+    pub tls: Option<Arc<ReloadedTls>>,
     /// Accounts in use.
     pub accounts: Option<Arc<AccountsFile>>,
+    /// Accounts of the donor's database, instead.
+    pub database: Option<Arc<dyn DatabaseAccounts>>,
+    /// Who is known without a log-in.
+    pub identities: Option<Arc<IdentitiesFile>>,
+}
+
+impl Prepared {
+    /// Whether callers must be known.
+    #[must_use]
+    pub fn has_accounts(&self) -> bool {
+        self.accounts.is_some() || self.database.is_some() || self.identities.is_some()
+    }
 }
 
 impl ServerOptions {
-    /// Reads all files that the options name, and tells all that is wrong with them.
-    pub fn prepare(&self, listen: SocketAddr) -> Result<Prepared, Vec<String>> {
+    /// Reads all files that the options name, and tells all that is wrong with them; `database` are
+    /// accounts that are in no file.
+    pub fn prepare(
+        &self,
+        listen: SocketAddr,
+        database: Option<Arc<dyn DatabaseAccounts>>,
+    ) -> Result<Prepared, Vec<String>> {
         let mut problems = Vec::new();
         let mut note = |problem: String| problems.push(problem);
-        let tls = match (&self.tls_cert, &self.tls_key) {
-            (Some(certificate), Some(key)) => {
-                let loaded = tls::server::load(certificate, key, self.tls_client_ca.as_deref());
-                loaded.map_err(|e| note(e.to_string())).ok()
-            }
-            _ => None,
-        };
+        let tls = self.tls_files().and_then(|files| {
+            ReloadedTls::open(files).map(Arc::new).map_err(|e| note(e.to_string())).ok()
+        });
         let accounts = self.accounts.as_deref().and_then(|path| {
             AccountsFile::open(path).map(Arc::new).map_err(|e| note(e.to_string())).ok()
         });
-        if let Err(problem) = loopback_or_authenticated(listen, self.accounts.is_some()) {
+        let identities = self.identities.as_deref().and_then(|path| {
+            IdentitiesFile::open(path).map(Arc::new).map_err(|e| note(e.to_string())).ok()
+        });
+        let names_certificates = identities
+            .as_ref()
+            .and_then(|file| file.current())
+            .is_some_and(|i| i.names_certificates());
+        if names_certificates && self.tls_client_ca.is_none() {
+            note(
+                "--identities names client certificates, which are asked for only with \
+                 --tls-client-ca"
+                    .to_owned(),
+            );
+        }
+        let authenticates =
+            self.accounts.is_some() || self.identities.is_some() || database.is_some();
+        if let Err(problem) = loopback_or_authenticated(listen, authenticates) {
             note(problem.to_string());
         }
-        if problems.is_empty() { Ok(Prepared { tls, accounts }) } else { Err(problems) }
+        if problems.is_empty() {
+            Ok(Prepared { tls, accounts, database, identities })
+        } else {
+            Err(problems)
+        }
+    }
+
+    fn tls_files(&self) -> Option<ServerTlsFiles> {
+        let (certificate, key) = self.tls_cert.clone().zip(self.tls_key.clone())?;
+        Some(ServerTlsFiles {
+            certificate,
+            key,
+            client_ca: self.tls_client_ca.clone(),
+            client_crl: self.tls_client_crl.clone(),
+            versions: self.tls_min_version,
+        })
     }
 
     /// Sets logs up.
@@ -152,14 +217,21 @@ impl Daemon {
     ) -> Result<(), String> {
         let listener = Listener::bind(listen, self.prepared.tls.clone())
             .await
-            .map_err(|e| format!("listen on {listen}: {e}"))?;
+            .map_err(|e| format!("listen on {listen}: {e}"))?
+            .with_identities(self.prepared.identities.clone());
+        if let Some(tls) = &self.prepared.tls {
+            let tls = Arc::clone(tls);
+            self.metrics.add_certificate("tls-cert", move || tls.current().expiry());
+        }
         let address = listener.local_address().map_err(|e| e.to_string())?;
         let readiness = Readiness::new();
         let routes = self.routes(keys, &readiness, add)?;
         let admin = self.serve_admin(&readiness).await?;
         let policy = Policy {
-            accounts: self.prepared.accounts.is_some(),
+            accounts: self.prepared.has_accounts(),
+            identities: self.prepared.identities.clone(),
             require_tls: self.options.require_tls,
+            allow_from: self.options.allow_from.clone(),
             rules: self.role.rules,
         };
         let services = [self.role.service, "marcot.auth.v1.AuthService", "grpc.health.v1.Health"];
@@ -202,7 +274,10 @@ impl Daemon {
         add: impl FnOnce(&mut RoutesBuilder),
     ) -> Result<Routes, String> {
         use marcot_proto::auth::v1::auth_service_server::AuthServiceServer;
-        let log_in = LogInService::new(self.prepared.accounts.clone(), keys);
+        let database = self.prepared.database.clone();
+        let database = database.map(|accounts| Database::new(accounts, self.prepared.tls.clone()));
+        let log_in =
+            LogInService::new(self.prepared.accounts.clone(), keys).with_database(database);
         let reflection = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(marcot_proto::FILE_DESCRIPTOR_SET)
@@ -239,13 +314,14 @@ impl Daemon {
 
     /// Says where calls are taken: in the log, and in the ready file.
     fn announce(&self, address: SocketAddr, admin: Option<SocketAddr>) -> Result<(), String> {
-        let fingerprint = self.prepared.tls.as_ref().map(|tls| tls.fingerprint.to_string());
+        let fingerprint =
+            self.prepared.tls.as_ref().map(|tls| tls.current().fingerprint.to_string());
         info!(
             version = VERSION_WITH_COMMIT,
             listen = %address,
             admin_listen = admin.map(tracing::field::display),
             fingerprint = fingerprint.as_deref(),
-            accounts = self.prepared.accounts.is_some(),
+            accounts = self.prepared.has_accounts(),
             "marcot-{} takes calls",
             self.role.name
         );

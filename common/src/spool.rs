@@ -10,12 +10,15 @@
 use std::{
     fs::File,
     io::{self, BufReader, BufWriter, Write as _},
-    os::unix::fs::FileExt as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileExt as _, OpenOptionsExt as _},
+    },
     path::Path,
     sync::Arc,
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 /// Longest record, bytes: an entry with the longest path, target and attributes fits.
 pub const RECORD_BYTES_MAX: usize = 128 << 10;
@@ -104,6 +107,51 @@ impl Spool {
         })
     }
 
+    /// Gives the records a name, durable when this returns; `open` reads them back.
+    pub fn keep_as(&self, path: &Path) -> io::Result<()> {
+        let unnamed = format!("/proc/self/fd/{}", self.records.as_raw_fd());
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let flags = AtFlags::SYMLINK_FOLLOW;
+        match rustix::fs::linkat(CWD, unnamed.as_str(), CWD, path, flags) {
+            Ok(()) => self.records.sync_all()?,
+            // Where a file without a name has had one, it takes no other.
+            Err(_) => {
+                let mut source =
+                    BufReader::new(SharedCursor { file: Arc::clone(&self.records), offset: 0 });
+                let mut copy =
+                    File::options().write(true).create_new(true).mode(0o600).open(path)?;
+                io::copy(&mut source, &mut copy)?;
+                copy.sync_all()?;
+            }
+        }
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    }
+
+    /// Opens what `keep_as` has named, of so many records; each of them is looked at.
+    pub fn open(path: &Path, count: u64) -> io::Result<Self> {
+        let records = Arc::new(File::open(path)?);
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        let mut index = BufWriter::with_capacity(16 << 10, unnamed_file(directory)?);
+        let mut source = BufReader::with_capacity(
+            64 << 10,
+            SharedCursor { file: Arc::clone(&records), offset: 0 },
+        );
+        let mut offset = 0u64;
+        for _ in 0..count {
+            index.write_all(&offset.to_le_bytes())?;
+            offset += (HEADER_BYTES + read_record(&mut source)?.len()) as u64;
+        }
+        if records.metadata()?.len() != offset {
+            let text = format!("a list of {count} records does not end at byte {offset}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        let index = index.into_inner().map_err(io::IntoInnerError::into_error)?;
+        Ok(Self { records, index: Arc::new(index), count })
+    }
+
     fn offset_of(&self, number: u64) -> io::Result<u64> {
         if number >= self.count {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such record"));
@@ -183,8 +231,8 @@ impl io::Read for SharedCursor {
     }
 }
 
-/// Opens a file without a name; on file systems without O_TMPFILE it is unlinked at once.
-fn unnamed_file(directory: &Path) -> io::Result<File> {
+/// Opens a file without a name for reading and writing; on file systems without O_TMPFILE it is unlinked at once.
+pub fn unnamed_file(directory: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(fd) => Ok(File::from(fd)),
@@ -217,6 +265,30 @@ mod tests {
         assert!(spool.get(1000).is_err());
         assert_eq!(spool.read_from(1000).unwrap().count(), 0);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "no names are left");
+    }
+
+    /// Guards a list that outlives its process: cut, longer, or damaged, it is an error.
+    #[test]
+    fn a_named_spool_is_read_back_whole_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("list");
+        let mut writer = SpoolWriter::create(directory.path()).unwrap();
+        for n in 0..100u32 {
+            writer.append(&n.to_le_bytes()).unwrap();
+        }
+        let spool = writer.finish().unwrap();
+        std::fs::write(&path, b"an older one").unwrap();
+        spool.keep_as(&path).unwrap();
+        drop(spool);
+        let opened = Spool::open(&path, 100).unwrap();
+        assert_eq!(opened.get(57).unwrap(), 57u32.to_le_bytes());
+        assert_eq!(opened.read_from(98).unwrap().count(), 2);
+        assert!(Spool::open(&path, 99).is_err());
+        assert!(Spool::open(&path, 101).is_err());
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[500] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(Spool::open(&path, 100).is_err());
     }
 
     /// Guards the record's CRC-32C: without the comparison this test fails.

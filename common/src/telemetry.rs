@@ -11,6 +11,7 @@
 //!   is logged.
 //! * Labels of metrics are bounded by what the service offers, never by what callers send.
 
+mod certificates;
 mod logs;
 pub mod metrics;
 mod process;

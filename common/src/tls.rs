@@ -1,14 +1,15 @@
 //! TLS on both sides: rustls with one provider, aws-lc-rs, and TLS 1.3; TLS 1.2 if asked.
 
+pub(crate) mod certificate;
 pub mod client;
 pub mod server;
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, path::Path, sync::Arc, time::SystemTime};
 
 use rustls::{
     CipherSuite, SupportedProtocolVersion,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem::PemObject as _},
 };
 
 /// What went wrong with a certificate, a key or a CA file.
@@ -43,6 +44,20 @@ pub enum Versions {
     Tls12AndTls13,
 }
 
+impl std::str::FromStr for Versions {
+    type Err = String;
+
+    fn from_str(oldest: &str) -> Result<Self, String> {
+        match oldest {
+            "1.3" => Ok(Self::Tls13),
+            "1.2" => Ok(Self::Tls12AndTls13),
+            _ => {
+                Err(format!("`{oldest}` is no version of TLS that is spoken here: 1.3 and 1.2 are"))
+            }
+        }
+    }
+}
+
 static TLS13: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
 static TLS12_AND_TLS13: [&SupportedProtocolVersion; 2] =
     [&rustls::version::TLS13, &rustls::version::TLS12];
@@ -61,6 +76,12 @@ pub fn fingerprint_of(certificate: &Path) -> Result<Fingerprint, TlsError> {
     Ok(Fingerprint::of(&read_certificates("certificate", certificate)?[0]))
 }
 
+/// When the first certificate of a PEM file ends; `None` while it cannot be read.
+#[must_use]
+pub fn expiry_of(path: &Path) -> Option<SystemTime> {
+    certificate::expiry(read_certificates("certificate", path).ok()?.first()?)
+}
+
 /// SHA-256 of a certificate in DER form.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
@@ -69,8 +90,7 @@ impl Fingerprint {
     /// Of a certificate.
     #[must_use]
     pub fn of(certificate: &CertificateDer<'_>) -> Self {
-        let digest = aws_lc_rs_digest(certificate);
-        Self(digest)
+        Self(sha256(certificate))
     }
 
     /// Reads `SHA256:aa:bb:...`; prefix and colons may be missing.
@@ -110,7 +130,7 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-fn aws_lc_rs_digest(bytes: &[u8]) -> [u8; 32] {
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
     let digest = ::aws_lc_rs::digest::digest(&::aws_lc_rs::digest::SHA256, bytes);
     let mut array = [0; 32];
     array.copy_from_slice(digest.as_ref());
@@ -144,6 +164,20 @@ fn read_certificates(
         return Err(read_error(what, path, "it holds no certificate in PEM form"));
     }
     Ok(certificates)
+}
+
+fn read_revocations(
+    what: &'static str,
+    path: &Path,
+) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let lists: Vec<_> = CertificateRevocationListDer::pem_file_iter(path)
+        .map_err(|e| read_error(what, path, e))?
+        .collect::<Result<_, _>>()
+        .map_err(|e| read_error(what, path, e))?;
+    if lists.is_empty() {
+        return Err(read_error(what, path, "it holds no revocation list in PEM form"));
+    }
+    Ok(lists)
 }
 
 fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {

@@ -52,6 +52,50 @@ fn fake_peer(greeting: &'static [u8], speaks_first: bool) -> u16 {
     port
 }
 
+/// Guards a clone's later snapshots: however it began, no clause lets it go on in plaintext, or to
+/// another certificate.
+#[tokio::test]
+async fn what_a_clone_began_with_holds_for_its_later_snapshots() {
+    let pki = Pki::new();
+    let (first, other) = (
+        Server::start(Some(pki.server(&["127.0.0.1"])), None).await,
+        Server::start(Some(pki.server(&["127.0.0.1"])), None).await,
+    );
+    let plain = Server::start(None, None).await;
+    let at = |server: &Server| options(server.port(), SslMode::Preferred);
+    let trusting = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
+    let connection = connect(&at(&first).with_tls(trusting.clone())).await.unwrap();
+    let fingerprint = connection.security.fingerprint;
+    assert!(fingerprint.is_some());
+    connect(&at(&first).pinned_as(true, fingerprint)).await.unwrap();
+    let failure = refused(&at(&plain).pinned_as(true, fingerprint)).await;
+    assert_eq!(failure.reason, "TLS_NOT_CONFIGURED");
+    let failure = refused(&at(&other).with_tls(trusting).pinned_as(true, fingerprint)).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED");
+    let connection = connect(&at(&first).pinned_as(false, None)).await.unwrap();
+    assert!(!connection.security.encrypted);
+}
+
+/// Guards a donor whose host got another address: it is found under its name, and by the connections
+/// after that one at once. One whose name still has the old address is awaited there.
+#[tokio::test]
+async fn a_pinned_address_is_left_once_the_name_has_left_it() {
+    let server = Server::start(None, None).await;
+    let by_name = |port: u16| ConnectOptions::new("localhost", port, SslMode::Disabled);
+    let gone = (std::net::Ipv4Addr::new(127, 0, 0, 9), server.port()).into();
+    let pinned = by_name(server.port()).pinned_to(gone, false, None);
+    let later = pinned.clone();
+    let connection = connect(&pinned).await.unwrap();
+    assert_ne!(connection.peer, gone);
+    assert_eq!(later.pins().unwrap().0, connection.peer);
+    // Nobody listens on this port.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let down = (std::net::Ipv4Addr::LOCALHOST, port).into();
+    let pinned = by_name(port).pinned_to(down, false, None);
+    assert_eq!(refused(&pinned).await.reason, "DONOR_UNREACHABLE");
+    assert_eq!(pinned.pins().unwrap().0, down);
+}
+
 #[tokio::test]
 async fn each_mode_gets_what_it_asks_for_from_a_server_with_tls() {
     let pki = Pki::new();
@@ -65,7 +109,7 @@ async fn each_mode_gets_what_it_asks_for_from_a_server_with_tls() {
         assert_eq!(connection.security.encrypted, encrypted, "{mode:?}");
         assert_eq!(connection.security.channel_binding.is_some(), encrypted);
         if encrypted {
-            assert_eq!(connection.security.fingerprint, Some(server.fingerprint.unwrap().0));
+            assert_eq!(connection.security.fingerprint, server.fingerprint.map(|f| f.0));
             assert_eq!(connection.security.cipher, "TLSv1.3 AES_128_GCM_SHA256");
         }
     }
@@ -207,25 +251,39 @@ async fn relay(ports: Vec<u16>) -> u16 {
     port
 }
 
-/// Guards the pin: the further connections of a clone go to the same certificate, in the same mode.
-/// With `pinned` made to leave the fingerprint out, the second server is believed, since the CA has
-/// signed it as well.
+/// Guards the pin: the further connections of a clone go to the same donor, in the same mode. A
+/// certificate that was renewed is believed as the first one was, and nothing else is: with
+/// `pinned` made to leave CA and fingerprint out, the stranger is believed, too.
 #[tokio::test]
 async fn further_connections_are_pinned_to_the_first() {
     let pki = Pki::new();
     let first = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
-    let second = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let renewed = Server::start(Some(pki.server(&["127.0.0.1"])), None).await;
+    let other = Server::start(Some(pki.server(&["db.example"])), None).await;
+    let stranger = Server::start(Some(Pki::new().server(&["127.0.0.1"])), None).await;
     let without_tls = Server::start(None, None).await;
     let by_ca = ClientTls { ca: Some(pki.ca()), ..ClientTls::default() };
-    let port = relay(vec![first.port(), first.port(), second.port(), without_tls.port()]).await;
+    let servers = [&first, &first, &renewed, &other, &stranger, &without_tls];
+    let port = relay(servers.map(Server::port).to_vec()).await;
     let options = options(port, SslMode::Preferred).with_tls(by_ca);
     let connection = connect(&options).await.unwrap();
     let pinned = options.pinned(&connection);
     assert_eq!(pinned.ssl_mode, SslMode::Required);
     connect(&pinned).await.unwrap();
-    let failure = refused(&pinned).await;
-    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    let connection = connect(&pinned).await.unwrap();
+    assert_eq!(connection.security.fingerprint, renewed.fingerprint.map(|f| f.0));
+    for _ in [&other, &stranger] {
+        let failure = refused(&pinned).await;
+        assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
+    }
     assert_eq!(refused(&pinned).await.reason, "TLS_NOT_CONFIGURED");
+
+    let by_print = ClientTls { fingerprint: first.fingerprint, ..ClientTls::default() };
+    let port = relay(vec![first.port(), renewed.port()]).await;
+    let options = ConnectOptions::new("127.0.0.1", port, SslMode::Required).with_tls(by_print);
+    let connection = connect(&options).await.unwrap();
+    let failure = refused(&options.pinned(&connection)).await;
+    assert_eq!(failure.reason, "CERTIFICATE_NOT_TRUSTED", "{failure}");
 
     let port = relay(vec![without_tls.port(); 2]).await;
     let options = ConnectOptions::new("127.0.0.1", port, SslMode::Preferred);
@@ -338,7 +396,8 @@ async fn tls_1_2_is_spoken_only_when_asked_for() {
 async fn a_fingerprint_file_reads_as_the_server_shows_it() {
     let pki = Pki::new();
     let (certificate, key) = pki.client();
-    let server = marcot_common::tls::server::load(&certificate, &key, None).unwrap();
+    let server = marcot_common::tls::server::ServerTlsFiles::new(certificate.clone(), key.clone());
+    let server = server.load().unwrap();
     assert_eq!(marcot_common::tls::fingerprint_of(&certificate).unwrap(), server.fingerprint);
     let error = marcot_common::tls::fingerprint_of(&key).unwrap_err().to_string();
     assert!(error.contains(&key.display().to_string()), "{error}");
@@ -428,7 +487,7 @@ async fn a_client_that_stops_in_its_handshake_is_closed() {
 #[tokio::test]
 async fn a_server_knows_how_each_of_its_connections_is_protected() {
     let pki = Pki::new();
-    let tls = Some(pki.server(&["127.0.0.1"]));
+    let tls = Some(Arc::new(pki.server(&["127.0.0.1"]).into()));
     let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), tls).await.unwrap();
     let port = listener.local_address().unwrap().port();
     let stop = CancellationToken::new();

@@ -54,7 +54,7 @@ async fn log_in(
 ) -> Result<pb::LoggedIn, Failure> {
     let mut client = AuthServiceClient::new(connection.channel.clone());
     let password = Zeroizing::new(password.to_owned());
-    log_in_with_password(&mut client, &connection.security, user, &password).await
+    log_in_with_password(&mut client, &connection.security, user, &password, None).await
 }
 
 /// Asks for something that needs BACKUP_ADMIN. The server has no donor service: a call that gets
@@ -165,6 +165,7 @@ async fn a_recorded_log_in_cannot_be_replayed() {
     let first = Request::PasswordStart(pb::PasswordStart {
         user: "clone".to_owned(),
         credential_request: start.message.serialize().to_vec().into(),
+        ..Default::default()
     });
     let connection = plain(server.port()).await;
     let mut exchange = Exchange::begin(&connection.channel, first.clone()).await;
@@ -335,7 +336,7 @@ async fn a_password_log_in_cannot_be_relayed_onto_another_tls_connection() {
     let relayed = connect(&options).await.unwrap();
     let mut client = AuthServiceClient::new(relayed.channel.clone());
     let password = Zeroizing::new(PASSWORD.to_owned());
-    let result = log_in_with_password(&mut client, &mine.security, "clone", &password).await;
+    let result = log_in_with_password(&mut client, &mine.security, "clone", &password, None).await;
     assert_eq!(result.unwrap_err().reason, "ACCESS_DENIED");
     assert_eq!(ask(&relayed).await.reason, "NOT_LOGGED_IN");
     log_in(&mine, "clone", PASSWORD).await.unwrap();
@@ -395,6 +396,7 @@ async fn messages_out_of_turn_are_refused() {
     let damaged = Request::PasswordStart(pb::PasswordStart {
         user: "clone".to_owned(),
         credential_request: vec![1; 7].into(),
+        ..Default::default()
     });
     for first in [proof, damaged] {
         let connection = plain(server.port()).await;

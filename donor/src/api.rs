@@ -331,7 +331,11 @@ fn open_request(message: pb::OpenSnapshotRequest, caller: Caller) -> Result<Open
         request_id: message.request_id,
         clone: message.clone,
         caller,
-        options: SnapshotOptions { block_ddl: message.block_ddl, ddl_timeout },
+        options: SnapshotOptions {
+            block_ddl: message.block_ddl,
+            ddl_timeout,
+            ..SnapshotOptions::default()
+        },
     })
 }
 

@@ -178,7 +178,9 @@ impl Leases {
         };
         let in_use = self.use_data_directory()?;
         let engine = Arc::clone(&self.engine);
-        let options = request.options.clone();
+        let mut options = request.options.clone();
+        // A caller that goes drops this call.
+        let _waits = options.begin_to_wait();
         let snapshot = tokio::task::spawn_blocking(move || engine.open(&options))
             .await
             .map_err(|e| Failure::bug(format!("the engine stopped: {e}")))??;

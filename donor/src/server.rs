@@ -7,12 +7,12 @@ use marcot_common::{
     config::Loaded,
     connection::{Identity, Privilege},
     failure::Failure,
-    login::server::KeyDirectory,
+    login::{DatabaseAccounts, server::KeyDirectory},
     server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
 };
-use marcot_engine::{EngineOptions, open_engine};
+use marcot_engine::{EngineConfig, EngineOptions, innodb::accounts::ServerAccounts, open_engine};
 
 use crate::{
     api::{self, Api},
@@ -50,6 +50,10 @@ pub struct Settings {
     #[arg(long, default_value_t = 8, env = "MARCOT_SNAPSHOTS_MAX",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub snapshots_max: u16,
+    /// Callers log in with accounts of the database that is cloned (engine innodb), and need the
+    /// privileges there that a clone needs, instead of accounts of a file.
+    #[arg(long, env = "MARCOT_DATABASE_ACCOUNTS", conflicts_with = "accounts")]
+    pub database_accounts: bool,
     /// What both daemons have.
     #[command(flatten)]
     pub server: ServerOptions,
@@ -58,9 +62,10 @@ pub struct Settings {
 /// Runs a donor until it is told to end.
 pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let Loaded { args: settings, effective } = loaded;
-    let prepared = settings.server.prepare(settings.listen).map_err(Problem::Settings)?;
     let wrong = |e: Failure| Problem::Settings(vec![e.message]);
     let config = settings.engine.config(settings.data_directory.clone()).map_err(wrong)?;
+    let database = database_accounts(&settings, &config).map_err(wrong)?;
+    let prepared = settings.server.prepare(settings.listen, database).map_err(Problem::Settings)?;
     let engine = open_engine(&config).map_err(wrong)?;
     if settings.server.config.check_config {
         print!("{effective}");
@@ -73,8 +78,7 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         settings.data_directory.clone(),
         settings.snapshots_max.into(),
     ));
-    let identity =
-        api::Identity { accounts: prepared.accounts.is_some(), tls: prepared.tls.is_some() };
+    let identity = api::Identity { accounts: prepared.has_accounts(), tls: prepared.tls.is_some() };
     let api = Api::new(Arc::clone(&leases), identity);
     let metrics = Arc::new(Metrics::new(ROLE.name));
     DonorMetrics::register(&metrics, &leases, &api);
@@ -96,6 +100,22 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     drop(expiry.await);
     telemetry.shutdown();
     Ok(served?)
+}
+
+fn database_accounts(
+    settings: &Settings,
+    config: &EngineConfig,
+) -> Result<Option<Arc<dyn DatabaseAccounts>>, Failure> {
+    if !settings.database_accounts {
+        return Ok(None);
+    }
+    if config.engine != "innodb" {
+        return Err(Failure::invalid(
+            "NO_DATABASE",
+            "--database-accounts logs in to the server that is cloned, which --engine innodb talks to",
+        ));
+    }
+    Ok(Some(Arc::new(ServerAccounts::new(&config.database)?)))
 }
 
 /// Refuses new snapshots, and waits until those that are held have been closed.

@@ -3,13 +3,14 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
-use marcot_common::{access, failure::Failure, telemetry, time};
+use marcot_common::{access, failure::Failure, host, telemetry, time};
 use marcot_proto::recipient::v1::{
     self as pb, recipient_service_server::RecipientService, validate_clone_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
 
 use crate::{
     job::{
@@ -17,7 +18,7 @@ use crate::{
         status,
     },
     preflight,
-    request::CloneRequest,
+    request::{CloneRequest, Secrets},
     source::blocking,
 };
 
@@ -43,12 +44,23 @@ impl Api {
         Self { clones }
     }
 
+    /// What ends or goes on with a clone needs what starting it has needed.
+    fn require_privilege_of<T>(&self, request: &Request<T>, name: &str) -> Result<(), Failure> {
+        let clone = self.clones.get(name)?;
+        let own = self.clones.settings().data_directory.as_deref();
+        let replaces = own.is_some_and(|own| {
+            let own = own.canonicalize().unwrap_or_else(|_| own.to_owned());
+            host::path_bytes(&own) == clone.destination
+        });
+        require_privilege(request, replaces)
+    }
+
     fn start<T>(
         &self,
         request: &Request<T>,
         checked: CloneRequest,
     ) -> Result<Option<pb::Clone>, Status> {
-        require_privilege(request, &checked)?;
+        require_privilege(request, checked.replaces)?;
         let origin = Origin {
             user: access::caller(request).user.unwrap_or_default(),
             trace_id: telemetry::propagation::current_trace_id().unwrap_or_default(),
@@ -62,15 +74,11 @@ impl Api {
     }
 }
 
-/// A clone that replaces the server's own data needs CLONE_ADMIN; all others BACKUP_ADMIN, which
-/// is checked before a handler is called.
-fn require_privilege<T>(request: &Request<T>, checked: &CloneRequest) -> Result<(), Status> {
-    if checked.replaces {
-        access::require(request, access::Privilege::CloneAdmin)?;
-    } else {
-        access::require(request, access::Privilege::BackupAdmin)?;
-    }
-    Ok(())
+/// A clone that replaces the server's own data needs CLONE_ADMIN; all others BACKUP_ADMIN.
+fn require_privilege<T>(request: &Request<T>, replaces: bool) -> Result<(), Failure> {
+    let privilege =
+        if replaces { access::Privilege::CloneAdmin } else { access::Privilege::BackupAdmin };
+    access::require(request, privilege)
 }
 
 /// Whether options hold a password of their own.
@@ -84,12 +92,7 @@ fn refuse_bare_secret<T>(request: &Request<T>) -> Result<(), Failure> {
     if access::is_confidential(request) {
         return Ok(());
     }
-    Err(Failure::precondition(
-        "SECRET_IN_CLEAR",
-        "a password came over an unencrypted connection that is no loopback; change it, and connect \
-         to the recipient with TLS",
-    )
-    .mysql(3159))
+    Err(access::secret_in_clear("a password"))
 }
 
 type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -116,6 +119,9 @@ impl RecipientService for Api {
         &self,
         request: Request<pb::CloneLocalRequest>,
     ) -> Result<Response<pb::CloneLocalResponse>, Status> {
+        if has_secret(request.get_ref().options.as_ref()) {
+            refuse_bare_secret(&request)?;
+        }
         let message = request.get_ref().clone();
         let checked = CloneRequest::from_local(message, self.clones.settings())?;
         let clone = self.start(&request, checked)?;
@@ -151,7 +157,7 @@ impl RecipientService for Api {
                 return Err(Failure::invalid("NO_REQUEST", text).into());
             }
         };
-        require_privilege(&request, &checked)?;
+        require_privilege(&request, checked.replaces)?;
         let id = uuid::Uuid::now_v7().to_string();
         let report = preflight::inspect(&checked, settings, &id, None).await;
         let (findings, valid) = report.close().await;
@@ -217,6 +223,7 @@ impl RecipientService for Api {
         &self,
         request: Request<pb::CancelCloneRequest>,
     ) -> Result<Response<pb::CancelCloneResponse>, Status> {
+        self.require_privilege_of(&request, &request.get_ref().name)?;
         let clone = self.clones.cancel(&request.into_inner().name)?;
         Ok(Response::new(pb::CancelCloneResponse { clone: Some(clone) }))
     }
@@ -225,6 +232,7 @@ impl RecipientService for Api {
         &self,
         request: Request<pb::PauseCloneRequest>,
     ) -> Result<Response<pb::PauseCloneResponse>, Status> {
+        self.require_privilege_of(&request, &request.get_ref().name)?;
         let clone = self.clones.pause(&request.into_inner().name)?;
         Ok(Response::new(pb::PauseCloneResponse { clone: Some(clone) }))
     }
@@ -233,7 +241,19 @@ impl RecipientService for Api {
         &self,
         request: Request<pb::ResumeCloneRequest>,
     ) -> Result<Response<pb::ResumeCloneResponse>, Status> {
-        let clone = self.clones.resume(&request.into_inner().name)?;
+        let asked = request.get_ref();
+        if !asked.password.is_empty() || !asked.attach_replica_password.is_empty() {
+            refuse_bare_secret(&request)?;
+        }
+        self.require_privilege_of(&request, &asked.name)?;
+        let pb::ResumeCloneRequest { name, password, attach_replica_password } =
+            request.into_inner();
+        let secrets = (!password.is_empty() || !attach_replica_password.is_empty()).then(|| {
+            let (password, attach) =
+                (Zeroizing::new(password), Zeroizing::new(attach_replica_password));
+            Secrets { password, attach_replica_password: attach }
+        });
+        let clone = self.clones.resume(&name, secrets)?;
         Ok(Response::new(pb::ResumeCloneResponse { clone: Some(clone) }))
     }
 
@@ -289,9 +309,10 @@ impl RecipientService for Api {
 
     async fn verify_clone(
         &self,
-        _: Request<pb::VerifyCloneRequest>,
+        request: Request<pb::VerifyCloneRequest>,
     ) -> Result<Response<pb::VerifyCloneResponse>, Status> {
-        Err(Failure::unimplemented("VerifyClone").into())
+        let answer = self.clones.verify(&request.into_inner().name).await?;
+        Ok(Response::new(answer))
     }
 }
 

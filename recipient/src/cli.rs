@@ -1,6 +1,7 @@
 //! The command line `marcot`: a client of the recipient's API, made for a person.
 //!
-//! Exit codes: 0 done, 1 failed, 2 bad usage or statement, 130 cancelled. What was asked for goes
+//! Exit codes: 0 done, 1 failed, 2 bad usage or statement, 3 (`verify`) modified by a server, 130
+//! cancelled. What was asked for goes
 //! to standard output, everything else to standard error.
 
 mod account;
@@ -11,7 +12,9 @@ mod json;
 mod output;
 mod progress;
 mod request;
+mod resume;
 mod secret;
+mod verify;
 mod wait;
 
 use std::process::ExitCode;
@@ -21,7 +24,7 @@ use marcot_common::failure::Failure;
 use marcot_proto::recipient::v1::{
     AcceptCloneRequest, CancelCloneRequest, Clone, DeleteLeftoverRequest, GetCloneRequest,
     InstallCloneRequest, ListClonesRequest, ListLeftoversRequest, PauseCloneRequest,
-    ResumeCloneRequest, RollbackCloneRequest, ValidateCloneRequest,
+    RollbackCloneRequest, ValidateCloneRequest,
 };
 
 use self::{
@@ -38,6 +41,7 @@ pub async fn run() -> ExitCode {
     match execute(&arguments, output).await {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::Failed) => ExitCode::FAILURE,
+        Ok(End::Modified) => ExitCode::from(3),
         Ok(End::Cancelled | End::Left) => ExitCode::from(130),
         Err(failure) => {
             output.failure(&failure);
@@ -55,6 +59,8 @@ enum End {
     Done,
     Failed,
     Cancelled,
+    /// A server has changed what was checked.
+    Modified,
     /// The user has left before the end.
     Left,
 }
@@ -100,13 +106,21 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             output.clone(&answer.into_inner().clone.unwrap_or_default());
             Ok(End::Done)
         }
-        Command::Resume { name } => {
+        Command::Resume { name, donor_password_file, replication_password_file } => {
             let mut client = Client::connect(arguments).await?;
-            let request = ResumeCloneRequest { name: clone_name(name), ..Default::default() };
+            let name = clone_name(name);
+            let request = GetCloneRequest { name: name.clone() };
+            let clone = client.api().get_clone(request).await.map_err(failed)?.into_inner();
+            let files = [donor_password_file.as_deref(), replication_password_file.as_deref()];
+            let request = resume::request(&clone.clone.unwrap_or_default(), files)?;
+            let has_secret =
+                !request.password.is_empty() || !request.attach_replica_password.is_empty();
+            client.guard(request::HasSecret(has_secret))?;
             let answer = client.api().resume_clone(request).await.map_err(failed)?;
             output.clone(&answer.into_inner().clone.unwrap_or_default());
             Ok(End::Done)
         }
+        Command::Verify { what, signer } => verify::verify(arguments, what, signer, output).await,
         Command::Install { name } => {
             let mut client = Client::connect(arguments).await?;
             let request = InstallCloneRequest { name: clone_name(name) };

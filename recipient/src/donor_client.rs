@@ -1,17 +1,21 @@
 //! The only module that speaks to a donor.
 //!
 //! Every connection of a clone goes to one address, in one mode, to one certificate: what the first
-//! one found is pinned for the others. The first logs in by password, the others by the clone's
-//! key, which only this process holds.
+//! one found is pinned for the others. Mode and certificate stay so for all of the clone's snapshots;
+//! the address follows the donor's name when that has left it. The first connection logs in by
+//! password, the others by the clone's key, which only this process holds.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use marcot_common::{
     checksum,
     chunk::{KNOWN_BLOCKS, MESSAGE_BYTES_MAX},
-    connect::{ConnectOptions, DonorConnection, connect},
+    connect::{ClientTls, ConnectOptions, DonorConnection, connect},
     entry::Totals,
     failure::Failure,
     login,
@@ -26,14 +30,15 @@ use marcot_proto::{
     common::v1 as pbc,
     donor::v1::{self as pb, donor_service_client::DonorServiceClient},
 };
+use prost::Message as _;
 use tokio::task::AbortHandle;
 use tonic::{Code, service::interceptor::InterceptedService, transport::Channel};
 use tracing::{Span, warn};
 
 use crate::{
+    copy_journal::record::SnapshotOpened,
     fetch::{
         FetchContext, StreamWork,
-        decode::SILENCE_MAX,
         remote::{ReadOptions, copy_units, follow},
     },
     job::CloneJob,
@@ -52,8 +57,12 @@ const LEASE_MIN: Duration = Duration::from_secs(60);
 /// Between two renewals of the lease.
 const RENEW_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Longest wait for the donor to list its files: a walk of some million files.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// Longest wait for the donor to list its files, of so many entries at the most: keepalive finds a
+/// donor that is gone, and no healthy disk is as slow as this.
+fn open_timeout(entries_max: u64) -> Duration {
+    const WALKED_PER_SECOND: u64 = 5_000;
+    Duration::from_secs(15 * 60) + Duration::from_secs(entries_max / WALKED_PER_SECOND)
+}
 
 /// Longest wait for an answer that needs no work.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -70,6 +79,7 @@ pub struct DonorSource {
     server_info: pb::GetServerInfoResponse,
     connector: Connector,
     compression_level: Option<i32>,
+    lease: Duration,
     renewal: AbortHandle,
 }
 
@@ -89,11 +99,19 @@ impl DonorSource {
         job: Option<&CloneJob>,
     ) -> Result<Self, Failure> {
         let options = ConnectOptions::new(&request.host, request.port, request.ssl_mode)
+            .with_donors(Arc::clone(&settings.donors))
+            .with_tls_versions(settings.donor_tls_versions)
             .with_tls(settings.donor_tls.with_fingerprint(request.fingerprint));
+        // Another snapshot of the same clone: nothing that happened meanwhile makes it trust less.
+        let options = match job.and_then(|job| job.pins.get()) {
+            Some((encrypted, fingerprint)) => options.pinned_as(*encrypted, *fingerprint),
+            None => options,
+        };
         let connection = connect(&options).await?;
         let pinned = options.pinned(&connection);
         let DonorConnection { channel, security, .. } = connection;
         if let Some(job) = job {
+            job.pins.get_or_init(|| (security.encrypted, security.fingerprint));
             job.status.update(|clone| {
                 clone.encrypted = Some(security.encrypted);
                 clone.cipher.clone_from(&security.cipher);
@@ -101,7 +119,7 @@ impl DonorSource {
                 clone.donor_fingerprint = fingerprint.unwrap_or_default();
             });
         }
-        let accounts = log_in(&channel, request, &security).await?;
+        let accounts = log_in(&channel, request, &security, &options.tls).await?;
         let mut client = client_on(channel);
         let server_info = call(
             "GetServerInfo",
@@ -129,7 +147,8 @@ impl DonorSource {
         let mut patience = Patience::new(&progress.retries, donor_timeout);
         let mut opening = Opening { client: client.clone(), request: open.clone(), is_open: false };
         let opened = loop {
-            let call = call("OpenSnapshot", OPEN_TIMEOUT, client.open_snapshot(open.clone()));
+            let limit = open_timeout(settings.entries_max);
+            let call = call("OpenSnapshot", limit, client.open_snapshot(open.clone()));
             let mut failure = match call.await {
                 Ok(opened) => break opened,
                 Err(failure) => failure,
@@ -156,6 +175,7 @@ impl DonorSource {
             client: tokio::sync::Mutex::new(Some(client)),
             progress,
             donor_timeout: settings.donor_timeout,
+            stall_timeout: settings.stall_timeout,
         });
         let renewal = spawn_renewal(Arc::clone(&control), lease);
         Ok(Self {
@@ -169,7 +189,84 @@ impl DonorSource {
             server_info,
             connector,
             compression_level: request.compression_level,
+            lease,
             renewal,
+        })
+    }
+
+    /// Goes on with a snapshot that an earlier run of this service has opened, by the clone's key:
+    /// to the same address, in the same mode, to the same certificate. `UNKNOWN_SNAPSHOT` when it
+    /// has ended meanwhile.
+    pub async fn attach(
+        request: &DonorRequest,
+        record: &SnapshotOpened,
+        settings: &Settings,
+        progress: &Arc<Progress>,
+    ) -> Result<Self, Failure> {
+        let unreadable = |what: &str| {
+            let text = format!("the snapshot's record has no right {what}");
+            Failure::new(Code::DataLoss, "JOURNAL_CORRUPT", text)
+        };
+        let address = record.address.parse().map_err(|_| unreadable("address"))?;
+        let array = |bytes: &[u8]| <[u8; 32]>::try_from(bytes);
+        let fingerprint = match &record.fingerprint[..] {
+            [] => None,
+            bytes => Some(array(bytes).map_err(|_| unreadable("fingerprint"))?),
+        };
+        let key = match &record.key_seed[..] {
+            [] => None,
+            bytes => {
+                let seed = array(bytes).map_err(|_| unreadable("key"))?;
+                Some(Arc::new(login::CloneKey::from_seed(&seed)?))
+            }
+        };
+        let server_info = pb::GetServerInfoResponse::decode(&record.server_info[..])
+            .map_err(|_| unreadable("server"))?;
+        // A list that has become shorter since then holds for it as well.
+        let options = ConnectOptions::new(&request.host, request.port, request.ssl_mode)
+            .with_donors(Arc::clone(&settings.donors))
+            .with_tls_versions(settings.donor_tls_versions)
+            .with_tls(settings.donor_tls.clone())
+            .pinned_to(address, record.encrypted, fingerprint);
+        let connector = Connector { options, snapshot: record.snapshot.clone(), key };
+        let control = Arc::new(Control {
+            connector: connector.clone(),
+            client: tokio::sync::Mutex::new(None),
+            progress: Arc::clone(progress),
+            donor_timeout: settings.donor_timeout,
+            stall_timeout: settings.stall_timeout,
+        });
+        let lease = Duration::from_millis(record.lease_ms).max(LEASE_MIN);
+        let mut patience = control.patience();
+        loop {
+            let renewed = async {
+                let mut client = control.client().await?;
+                let request = pb::RenewLeaseRequest {
+                    snapshot: record.snapshot.clone(),
+                    lease_duration: Some(duration_to_wire(lease)),
+                };
+                call("RenewLease", CALL_TIMEOUT, client.renew_lease(request)).await
+            };
+            match renewed.await {
+                Ok(_) => break,
+                Err(failure) => control.pause_after(failure, &mut patience).await?,
+            }
+        }
+        drop(patience);
+        Ok(Self {
+            // All that it said is in the clone's resource since then.
+            opened: Opened {
+                position: Position::FIRST,
+                estimate: Totals::default(),
+                left_out: std::collections::BTreeMap::new(),
+            },
+            snapshot: record.snapshot.clone(),
+            server_info,
+            connector,
+            compression_level: request.compression_level,
+            lease,
+            renewal: spawn_renewal(Arc::clone(&control), lease),
+            control,
         })
     }
 
@@ -183,7 +280,7 @@ impl DonorSource {
 /// A further connection that logs in by password: no snapshot is known yet that a key is good for.
 async fn connect_anew(options: &ConnectOptions, request: &DonorRequest) -> Result<Client, Failure> {
     let DonorConnection { channel, security, .. } = connect(options).await?;
-    log_in(&channel, request, &security).await?;
+    log_in(&channel, request, &security, &options.tls).await?;
     Ok(client_on(channel))
 }
 
@@ -217,10 +314,12 @@ async fn log_in(
     channel: &Channel,
     request: &DonorRequest,
     security: &marcot_common::connect::Security,
+    tls: &ClientTls,
 ) -> Result<bool, Failure> {
     let mut client = AuthServiceClient::new(channel.clone());
-    let result =
-        login::log_in_with_password(&mut client, security, &request.user, &request.password).await;
+    let (user, password) = (&request.user, &request.password);
+    let trust = Some(login::Trust { host: &request.host, tls });
+    let result = login::log_in_with_password(&mut client, security, user, password, trust).await;
     match result {
         Ok(_) => Ok(true),
         // What has no log-in at all is told by its next answer.
@@ -330,6 +429,25 @@ impl Source for DonorSource {
         self.opened.clone()
     }
 
+    fn record(&self) -> Option<SnapshotOpened> {
+        let (address, encrypted, fingerprint) = self.connector.options.pins()?;
+        Some(SnapshotOpened {
+            snapshot: self.snapshot.clone(),
+            key_seed: self
+                .connector
+                .key
+                .as_ref()
+                .map(|key| key.seed().to_vec())
+                .unwrap_or_default(),
+            address: address.to_string(),
+            encrypted,
+            fingerprint: fingerprint.map(|f| f.to_vec()).unwrap_or_default(),
+            lease_ms: u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX),
+            server_info: self.server_info.encode_to_vec(),
+            ..SnapshotOpened::default()
+        })
+    }
+
     fn cut(&self) -> Cut {
         Cut::Segments
     }
@@ -365,9 +483,9 @@ impl Source for DonorSource {
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
         let control = &self.control;
-        let mut patience = control.patience();
+        let (mut patience, mut furthest) = (control.patience(), None);
         loop {
-            match self.receive_advanced(from, &mut patience).await {
+            match self.receive_advanced(from, &mut patience, &mut furthest).await {
                 Ok(advanced) => return Ok(advanced),
                 Err(failure) => control.pause_after(failure, &mut patience).await?,
             }
@@ -405,12 +523,14 @@ impl DonorSource {
             round: position.round,
             start_number: receiver.next_number(),
         };
-        let mut client = self.control.client().await?;
-        let mut messages = call("ListFiles", OPEN_TIMEOUT, client.list_files(request)).await?;
+        let control = &self.control;
+        let mut client = control.client().await?;
+        let mut messages =
+            call("ListFiles", control.stall_timeout, client.list_files(request)).await?;
         loop {
-            let message = tokio::time::timeout(SILENCE_MAX, messages.message())
+            let message = tokio::time::timeout(control.stall_timeout, messages.message())
                 .await
-                .map_err(|_| silent("ListFiles"))?
+                .map_err(|_| control.stalled("ListFiles: the donor sent nothing"))?
                 .map_err(|status| told("ListFiles", &status))?;
             let Some(message) = message else {
                 return Err(Failure::peer_misbehaved(
@@ -433,21 +553,39 @@ impl DonorSource {
         &self,
         from: Position,
         patience: &mut Patience<'_>,
+        furthest: &mut Option<u64>,
     ) -> Result<Advanced, Failure> {
         let request = pb::AdvanceStageRequest {
             snapshot: self.snapshot.clone(),
             stage: from.stage.to_wire().into(),
             round: from.round,
         };
-        let mut client = self.control.client().await?;
+        let control = &self.control;
+        let mut client = control.client().await?;
         let mut steps = call("AdvanceStage", CALL_TIMEOUT, client.advance_stage(request)).await?;
+        // A donor whose work stands still goes on saying so: what counts is what it has looked at.
+        let begun = Instant::now();
+        let (mut entries, mut moved) = (None, begun);
         loop {
-            let step = tokio::time::timeout(SILENCE_MAX, steps.message())
+            let left = control.stall_timeout.saturating_sub(moved.elapsed());
+            let step = tokio::time::timeout(left, steps.message())
                 .await
-                .map_err(|_| silent("AdvanceStage"))?
+                .map_err(|_| control.stalled("AdvanceStage: the donor got no further"))?
                 .map_err(|status| told("AdvanceStage", &status))?;
             match step.map(|step| step.step) {
-                Some(Some(pb::advance_stage_response::Step::Progress(_))) => patience.progress(),
+                Some(Some(pb::advance_stage_response::Step::Progress(progress))) => {
+                    let now = progress.entries;
+                    if entries.replace(now) != Some(now) {
+                        moved = Instant::now();
+                        // A call that was made again begins anew: it counts once it gets further than
+                        // the one before, or lives longer.
+                        let is_further = furthest.is_none_or(|furthest| now > furthest);
+                        if is_further || begun.elapsed() > control.stall_timeout {
+                            patience.progress();
+                        }
+                        *furthest = (*furthest).max(Some(now));
+                    }
+                }
                 Some(Some(pb::advance_stage_response::Step::Advanced(advanced))) => {
                     return advanced_from_wire(advanced);
                 }
@@ -524,6 +662,7 @@ struct Control {
     client: tokio::sync::Mutex<Option<Client>>,
     progress: Arc<Progress>,
     donor_timeout: Duration,
+    stall_timeout: Duration,
 }
 
 impl Control {
@@ -545,6 +684,11 @@ impl Control {
         Patience::new(&self.progress.retries, self.donor_timeout)
     }
 
+    fn stalled(&self, what: &str) -> Failure {
+        let text = format!("{what} for {:?}", self.stall_timeout);
+        Failure::new(Code::Unavailable, "STALLED", text).mysql(1159).from_donor()
+    }
+
     /// Waits before the next try, on a new connection; fails when there is to be none.
     async fn pause_after(
         &self,
@@ -556,11 +700,6 @@ impl Control {
         tokio::time::sleep(pause).await;
         Ok(())
     }
-}
-
-fn silent(name: &str) -> Failure {
-    let text = format!("{name}: the donor sent nothing for {} s", SILENCE_MAX.as_secs());
-    Failure::new(Code::Unavailable, "STALLED", text).mysql(1159).from_donor()
 }
 
 fn advanced_from_wire(advanced: pb::Advanced) -> Result<Advanced, Failure> {

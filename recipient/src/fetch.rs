@@ -14,8 +14,15 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    gate::Gate, growing::GrowingFiles, plan::FetchPlan, progress::Progress, retry::Patience,
-    reuse::Reuse, staging::Staging,
+    copy_journal::{CopyJournal, record::Unread},
+    gate::Gate,
+    growing::GrowingFiles,
+    plan::FetchPlan,
+    progress::Progress,
+    retry::Patience,
+    reuse::Reuse,
+    staging::Staging,
+    writer::UnitWriter,
 };
 
 /// Most bytes of a growing file that are read, and made durable, at a time.
@@ -43,8 +50,12 @@ pub struct FetchContext {
     pub reuse: Option<Arc<Reuse>>,
     /// Closed while the clone is paused.
     pub gate: Arc<Gate>,
+    /// Where what is durable is recorded; `None` for a copy that nobody goes on with.
+    pub journal: Option<Arc<CopyJournal>>,
     /// How long a donor that is gone is waited for.
     pub donor_timeout: Duration,
+    /// How long a call may stand still.
+    pub stall_timeout: Duration,
     /// Stops all streams.
     pub stop: CancellationToken,
 }
@@ -53,6 +64,16 @@ impl FetchContext {
     /// The tries of one stream.
     fn patience(&self) -> Patience<'_> {
         Patience::new(&self.progress.retries, self.donor_timeout)
+    }
+
+    /// Makes a unit durable, and records it.
+    fn finish(&self, writer: UnitWriter<'_>) -> Result<(), Failure> {
+        let (mut done, unfinished) = writer.finish()?;
+        if let Some(journal) = &self.journal {
+            done.unfinished = unfinished.iter().map(Unread::from).collect();
+            journal.unit_done(&done)?;
+        }
+        self.progress.note_unfinished(unfinished)
     }
 }
 

@@ -14,6 +14,8 @@ use marcot_common::{
 };
 
 use crate::{
+    certificate::digests::{PartHasher, read_unknown},
+    copy_journal::CopyJournal,
     progress::Progress,
     staging::Staging,
     writer::{ChunkSink, write_all_at},
@@ -24,7 +26,11 @@ const GROWING_MAX: usize = 16;
 
 /// Growing files of a clone.
 #[derive(Debug, Default)]
-pub struct GrowingFiles(Mutex<BTreeMap<FileId, GrowingFile>>);
+pub struct GrowingFiles {
+    files: Mutex<BTreeMap<FileId, GrowingFile>>,
+    /// Of a file, what hashes it: the block that was begun goes on with the next bytes.
+    hashers: Mutex<BTreeMap<FileId, (u64, PartHasher)>>,
+}
 
 /// A file that grows on the donor.
 #[derive(Debug, Clone)]
@@ -35,8 +41,8 @@ pub struct GrowingFile {
     pub path: RelativePath,
     /// Bytes that are durable here.
     pub durable: u64,
-    /// Its whole size is known.
-    is_whole: bool,
+    /// Whether its whole size is known.
+    pub is_whole: bool,
 }
 
 impl GrowingFiles {
@@ -52,6 +58,7 @@ impl GrowingFiles {
             let path = entry.path.clone();
             let file = GrowingFile { file_id: entry.file_id, path, durable: 0, is_whole: false };
             files.insert(entry.file_id, file);
+            self.hashers.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.file_id);
             return Ok(());
         }
         match (entry.change, files.get_mut(&entry.file_id)) {
@@ -70,6 +77,18 @@ impl GrowingFiles {
     /// Forgets all: another snapshot begins.
     pub fn clear(&self) {
         self.lock().clear();
+        self.hashers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// All that grow, or have grown.
+    #[must_use]
+    pub fn all(&self) -> Vec<GrowingFile> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Goes on with these.
+    pub fn restore(&self, files: Vec<GrowingFile>) {
+        *self.lock() = files.into_iter().map(|file| (file.file_id, file)).collect();
     }
 
     /// Files that still grow.
@@ -90,9 +109,21 @@ impl GrowingFiles {
         }
     }
 
+    /// A hasher of what comes at `at`, with what it has seen of the block before.
+    fn take_hasher(&self, file: FileId, at: u64) -> PartHasher {
+        let kept = self.hashers.lock().unwrap_or_else(PoisonError::into_inner).remove(&file);
+        let kept = kept.filter(|(end, _)| *end == at).map(|(_, hasher)| hasher);
+        // Its size is not known: no block is its last.
+        kept.unwrap_or_else(|| PartHasher::new(file.0, u64::MAX, at))
+    }
+
+    fn keep_hasher(&self, file: FileId, at: u64, hasher: PartHasher) {
+        self.hashers.lock().unwrap_or_else(PoisonError::into_inner).insert(file, (at, hasher));
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<FileId, GrowingFile>> {
         // Every change is one assignment.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,6 +133,7 @@ pub struct GrowingWriter<'a> {
     progress: &'a Progress,
     growing: GrowingFile,
     file: File,
+    hasher: PartHasher,
     /// Where the next byte goes, and the end of what was asked for.
     at: u64,
     end: u64,
@@ -112,24 +144,39 @@ impl<'a> GrowingWriter<'a> {
     pub fn open(
         staging: &Staging,
         progress: &'a Progress,
+        files: &GrowingFiles,
         growing: GrowingFile,
         length: u64,
     ) -> Result<Self, Failure> {
         let at = growing.durable;
         // What an earlier try has left beyond goes.
         let file = staging.open_file(&growing.path, at)?;
-        Ok(Self { progress, growing, file, at, end: at.saturating_add(length) })
+        let hasher = files.take_hasher(growing.file_id, at);
+        Ok(Self { progress, growing, file, hasher, at, end: at.saturating_add(length) })
     }
 
-    /// Makes durable what has come; returns its bytes.
-    pub fn finish(self, files: &GrowingFiles) -> Result<u64, Failure> {
+    /// Makes durable, and records, what has come; returns its bytes.
+    pub fn finish(
+        mut self,
+        files: &GrowingFiles,
+        journal: Option<&CopyJournal>,
+    ) -> Result<u64, Failure> {
         let bytes = self.at - self.growing.durable;
         if bytes > 0 {
             // A failed fsync is never tried again: the kernel has dropped the pages.
             let synced = self.file.sync_data();
             synced.map_err(|e| Failure::io("sync", self.growing.path.as_path(), &e))?;
             files.set_durable(self.growing.file_id, self.at);
+            self.growing.durable = self.at;
+            if let Some(journal) = journal {
+                let runs = self.hasher.take_runs();
+                // A block that another run of this service has begun.
+                let runs = read_unknown(&self.file, self.at, self.at, runs)
+                    .map_err(|e| Failure::io("read", self.growing.path.as_path(), &e))?;
+                journal.grown(&self.growing, runs)?;
+            }
         }
+        files.keep_hasher(self.growing.file_id, self.at, self.hasher);
         Ok(bytes)
     }
 }
@@ -156,6 +203,7 @@ impl ChunkSink for GrowingWriter<'_> {
         if end != offset + length {
             return Err(Failure::bug(format!("{} bytes written, {length} asked", end - offset)));
         }
+        pieces.iter().for_each(|piece| self.hasher.data(piece));
         self.progress.data_bytes.add(length);
         self.at = end;
         Ok(())

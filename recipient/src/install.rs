@@ -7,11 +7,14 @@
 
 pub mod fresh;
 pub mod generation;
+mod hold;
 pub mod identity;
 pub mod installer;
 pub mod locks;
+pub mod mounts;
 pub mod place;
 pub mod reconcile;
+pub mod recorded;
 pub mod replacement;
 pub mod step;
 mod trees;

@@ -28,6 +28,10 @@ pub struct InstallOptions {
     #[arg(long, value_name = "DURATION", default_value = "24h", env = "MARCOT_KEEP_OLD_DATA",
           value_parser = keep_old_data)]
     pub keep_old_data: Keep,
+    /// How long what a clone that failed has staged is kept for `marcot resume`.
+    #[arg(long, value_name = "DURATION", default_value = "168h", env = "MARCOT_KEEP_STAGING",
+          value_parser = parse_duration)]
+    pub keep_staging: Duration,
     /// Longest recovery of a server on a clone; then the old data come back.
     #[arg(long, value_name = "DURATION", default_value = "1h", env = "MARCOT_RECOVERY_TIMEOUT",
           value_parser = parse_duration)]
@@ -36,7 +40,8 @@ pub struct InstallOptions {
     #[arg(long, value_name = "COMMAND", env = "MARCOT_STOP_COMMAND", requires = "start_command")]
     pub stop_command: Option<String>,
     /// Command (sh -c) that starts the server. MARCOT_START is `first` for a start on a clone that
-    /// must stay closed (--skip-networking), `opened` for the next one, and `own` for old data.
+    /// must stay closed (--skip-networking), `opened` for the next one, `replica` for a later one of a
+    /// clone that was made a replica, and `own` for old data.
     #[arg(long, value_name = "COMMAND", env = "MARCOT_START_COMMAND", requires = "stop_command")]
     pub start_command: Option<String>,
     /// Command (sh -c) that ends with 0 once the server is healthy [default: the database is asked
@@ -47,6 +52,11 @@ pub struct InstallOptions {
     #[arg(long, value_name = "DURATION", default_value = "10min", env = "MARCOT_STOP_TIMEOUT",
           value_parser = parse_duration)]
     pub stop_timeout: Duration,
+    /// supervise: how long another server on the data directory, such as that of a recipient that was
+    /// killed, is waited for to end before a start.
+    #[arg(long, value_name = "DURATION", default_value = "60s", env = "MARCOT_SERVER_WAIT",
+          value_parser = parse_duration)]
+    pub server_wait: Duration,
     /// supervise: how long the server may take to end after SIGTERM, before SIGKILL.
     #[arg(long, value_name = "DURATION", default_value = "60s", env = "MARCOT_STOP_GRACE",
           value_parser = parse_duration)]
@@ -116,6 +126,7 @@ impl InstallOptions {
                 Keep::For(keep) => Some(keep),
                 Keep::UntilAccepted => None,
             },
+            keep_staging: self.keep_staging,
             recovery_timeout: self.recovery_timeout,
         }
     }
@@ -144,6 +155,7 @@ impl InstallOptions {
                     data_directory,
                     restart: self.restart,
                     restart_limit: self.restart_limit,
+                    server_wait: self.server_wait,
                     stop_timeout: self.stop_timeout,
                     error_log: self.server_error_log.clone(),
                     health,
@@ -183,13 +195,13 @@ impl Control {
     pub(crate) async fn begin(
         self,
         shutdown: &Shutdown,
-        install_goes_on: bool,
+        start: Option<FirstStart>,
     ) -> Result<Option<Supervised>, Problem> {
         let Self::Supervised(supervisor, grace) = self else {
             return Ok(None);
         };
-        if !install_goes_on {
-            let started = supervisor.start(FirstStart::No).await;
+        if let Some(first) = start {
+            let started = supervisor.start(first).await;
             started.map_err(|failure| Problem::Running(failure.message))?;
         }
         let mut status = supervisor.status();

@@ -1,17 +1,21 @@
 //! One clone, from its request to its end. `run` is the table of contents.
 
+mod certify;
 pub mod history;
 pub mod registry;
+mod replace;
+mod resume;
 pub mod status;
 
 use std::{
+    io,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
 use marcot_common::{
-    entry::{Attributes, Change, Kind},
+    entry::{Change, Entry, Kind},
     failure::Failure,
     position::{Position, Stage},
 };
@@ -20,33 +24,29 @@ use marcot_proto::{common::v1 as pbc, donor::v1::Outcome};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+pub use self::replace::installer;
 use self::status::CloneStatus;
 use crate::{
+    copy_journal::{CopyJournal, RoundFound},
     fetch::{FetchContext, fetch, stopped},
     gate::Gate,
     growing::GrowingFiles,
     install::{
         fresh::{OwnDirectory, install},
-        identity,
-        installer::Installer,
-        locks::server_on,
-        place::{Form, Place},
-        replacement::{Replacement, make_inner, remove_inner},
+        place::{Form, make_inner, remove_inner},
+        replacement::Replacement,
         step::Step,
     },
     list::{FileList, ListReceiver, merge},
-    plan::FetchPlan,
+    plan::{FetchPlan, FinishedUnits},
     preflight::{self, Prepared},
     progress::Progress,
-    replica,
     request::CloneRequest,
     retry::Patience,
-    reuse::Reuse,
-    server_control::{ServerControl, not_managed},
+    server_control::ServerControl,
     settings::Settings,
     source::{Source, blocking},
-    staging::{STAGING_PREFIX, Staging},
-    verify::{VerifiedTree, verify},
+    staging::{OlderTree, STAGING_PREFIX, Staging, put_back_all},
 };
 
 /// Most rounds over all stages: far more than any engine asks for before it gives up itself.
@@ -62,6 +62,12 @@ pub fn staging_directories(parent: &Path, id: &str) -> [PathBuf; 2] {
         .map(|name| parent.join(name))
 }
 
+/// The journal of the install that keeps a staging directory, if there is one.
+#[must_use]
+pub fn installed_journal(staging: &Path) -> PathBuf {
+    staging.join("journal")
+}
+
 /// How a clone has ended, when not by a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -69,6 +75,8 @@ pub enum End {
     Completed,
     /// It is whole, and waits for its server to be stopped (3707).
     AwaitsInstall,
+    /// It needs a secret that nobody has stored; what is staged is kept.
+    AwaitsCredentials,
 }
 
 /// A clone that runs.
@@ -90,26 +98,50 @@ pub struct CloneJob {
     pub gate: Arc<Gate>,
     /// The server whose data are replaced.
     pub control: Arc<dyn ServerControl>,
+    /// Cancelled when this process ends, whatever still runs.
+    pub leaving: CancellationToken,
     /// The install, once it has begun.
     pub replacement: OnceLock<Arc<Replacement>>,
+    /// Whether it goes on with what an earlier run of it has staged.
+    pub goes_on: bool,
+    /// Whether the donor asks whom to log in.
+    pub donor_has_accounts: AtomicBool,
+    /// Whether connections are encrypted, and to which certificate: as the first one was.
+    pub pins: OnceLock<(bool, Option<[u8; 32]>)>,
+    /// Where what is durable is recorded, once there is something to go on with.
+    pub journal: Mutex<Option<Arc<CopyJournal>>>,
+    /// Whether the service stops: the clone goes on when it is started again.
+    pub is_interrupted: AtomicBool,
     /// Cancelled when the user cancels or the service stops.
     pub cancel: CancellationToken,
 }
 
 impl CloneJob {
     /// Runs the clone. Whatever happens, no half-made target is left, and no staging but of an
-    /// install that keeps a tree there.
+    /// install that keeps a tree there, or of a copy that can be gone on with.
     ///
     /// A snapshot that is lost, with its donor's service or by its lease, is opened anew; what is
-    /// staged by then is the older copy whose equal blocks are used.
+    /// staged by then stays, and only blocks that differ are fetched.
     pub async fn run(&self) -> Result<End, Failure> {
-        let mut older = None;
         let mut lost = 0;
+        let mut goes_on = self.goes_on;
         let result = loop {
-            let result = self.copy_snapshot(older.take()).await;
+            let result = if std::mem::take(&mut goes_on) {
+                Box::pin(self.go_on()).await
+            } else {
+                self.copy_snapshot(lost > 0).await
+            };
             match result {
+                Err(failure) if (self.goes_on || lost > 0) && failure.reason == "ACCESS_DENIED" => {
+                    warn!(clone = %self.id, error = %failure, "a right password is awaited");
+                    break Ok(End::AwaitsCredentials);
+                }
+                Err(failure) if is_of_a_lost_snapshot(&failure) && self.lacks_secret() => {
+                    info!(clone = %self.id, error = %failure, "the snapshot is lost, a password is awaited");
+                    break Ok(End::AwaitsCredentials);
+                }
                 Err(failure)
-                    if failure.reason == "UNKNOWN_SNAPSHOT"
+                    if is_of_a_lost_snapshot(&failure)
                         && lost < SNAPSHOTS_LOST_MAX
                         && !self.cancel.is_cancelled() =>
                 {
@@ -118,24 +150,33 @@ impl CloneJob {
                     self.progress.begin_again(failure.message);
                     self.growing.clear();
                     self.status.begin_again();
-                    match self.keep_staged().await {
-                        Ok(kept) => older = kept,
-                        Err(failure) => break Err(failure),
+                    if let Err(failure) = self.keep_staged().await {
+                        break Err(failure);
                     }
                 }
                 result => break result,
             }
         };
-        // A clone that was rolled back by itself was open to nobody: it holds nothing of value.
-        let stays = self.replacement.get().is_some_and(|replacement| {
-            replacement.must_stay() && replacement.step() != Step::RolledBack
-        });
+        if self.can_be_gone_on_with(&result) || self.install_is_left(&result) {
+            return result;
+        }
         let [staged, older] = staging_directories(&self.request.staging_parent(), &self.id);
-        let gone = if stays { vec![older] } else { vec![staged, older] };
-        for directory in gone {
-            if let Err(failure) = blocking(move || Staging::remove(&directory)).await {
-                warn!(clone = %self.id, error = %failure, "staging directory is left");
+        let replacement = self.replacement.get().cloned();
+        let removed = blocking(move || {
+            Staging::remove(&older)?;
+            match replacement {
+                None => Staging::remove(&staged),
+                // A clone that was rolled back by itself was open to nobody: it holds nothing of
+                // value.
+                Some(replacement) => match replacement.step() {
+                    Step::Staged if replacement.plan.waits => Ok(()),
+                    Step::Staged | Step::Stopped | Step::RolledBack => replacement.let_go(),
+                    _ => Ok(()),
+                },
             }
+        });
+        if let Err(failure) = removed.await {
+            warn!(clone = %self.id, error = %failure, "staging directory is left");
         }
         if self.request.form == Some(Form::Move) {
             remove_inner(&self.request.target);
@@ -143,12 +184,12 @@ impl CloneJob {
         result
     }
 
-    /// Copies one snapshot to its end.
-    async fn copy_snapshot(&self, older: Option<PathBuf>) -> Result<End, Failure> {
-        let prepare = Box::pin(self.prepare(older.is_some()));
+    /// Copies one snapshot to its end; `again` when one was lost.
+    async fn copy_snapshot(&self, again: bool) -> Result<End, Failure> {
+        let prepare = Box::pin(self.prepare(again));
         let mut prepared = self.until_cancelled(prepare).await?;
-        if let Some(older) = older {
-            prepared.reuse = Some(Arc::new(Reuse::open(&older)?));
+        if again && prepared.reuse.is_none() {
+            prepared.reuse = Some(Arc::default());
         }
         let source = Arc::clone(&prepared.source);
         if self.request.discard_old_data_first
@@ -162,26 +203,45 @@ impl CloneJob {
             make_inner(&parent)?;
         }
         let staging = match Staging::create(&parent, &self.id, prepared.owners) {
-            Ok(staging) => Arc::new(staging),
+            Ok(staging) => Arc::new(self.labelled(staging)),
             Err(failure) => {
                 source.close(Outcome::Failed).await;
                 return Err(failure);
             }
         };
-        let result = self.copy_and_install(&prepared, &staging).await;
-        let outcome = match &result {
+        let result = match self.begin_journal(&prepared, &staging).await {
+            Ok(()) => self.copy_and_install(&prepared, &staging, None).await,
+            Err(failure) => Err(failure),
+        };
+        self.close(source.as_ref(), &result).await;
+        result
+    }
+
+    /// Ends the snapshot, unless somebody goes on with it.
+    async fn close(&self, source: &dyn Source, result: &Result<End, Failure>) {
+        let outcome = match result {
             Ok(_) => Outcome::Completed,
+            Err(_) if self.can_be_gone_on_with(result) => return,
             Err(_) if self.cancel.is_cancelled() => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
         source.close(outcome).await;
-        result
     }
 
-    /// Checks all, and opens a snapshot. A donor that was there before is waited for.
+    /// The journal, when there is something to go on with.
+    fn journal(&self) -> Option<Arc<CopyJournal>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_journal(&self, journal: Option<Arc<CopyJournal>>) {
+        *self.journal.lock().unwrap_or_else(PoisonError::into_inner) = journal;
+    }
+
+    /// Checks all, and opens a snapshot. A donor that was there before is waited for, also one that is
+    /// there again and cannot serve yet: its database is not up, its places are taken, it drains.
     async fn prepare(&self, again: bool) -> Result<Prepared, Failure> {
         let limit = if again { self.settings.donor_timeout } else { Duration::ZERO };
-        let mut patience = Patience::new(&self.progress.retries, limit);
+        let mut patience = Patience::new(&self.progress.retries, limit).awaiting_refusals();
         loop {
             match preflight::prepare(self).await {
                 Ok(prepared) => return Ok(prepared),
@@ -193,15 +253,28 @@ impl CloneJob {
         }
     }
 
-    /// Sets aside what is staged; returns its tree.
-    async fn keep_staged(&self) -> Result<Option<PathBuf>, Failure> {
+    /// Sets aside what is staged: the next snapshot's first list takes from it.
+    async fn keep_staged(&self) -> Result<(), Failure> {
         let [staged, older] = staging_directories(&self.request.staging_parent(), &self.id);
+        self.set_journal(None);
         blocking(move || {
-            Staging::remove(&older)?;
-            match rustix::fs::rename(&staged, &older) {
-                Ok(()) => Ok(Some(older.join("tree"))),
-                Err(rustix::io::Errno::NOENT) => Ok(None),
-                Err(e) => Err(Failure::io("set aside", &staged, &e.into())),
+            let failed = |e: io::Error| Failure::io("set aside", &staged, &e);
+            let trees = [staged.join("tree"), older.join("tree")];
+            match trees.each_ref().map(|tree| tree.is_dir()) {
+                // It was still taking from the one before it.
+                [true, true] => {
+                    let [staged_tree, older_tree] = trees;
+                    put_back_all(&staged_tree, &older_tree).map_err(failed)?;
+                    Staging::remove(&staged)
+                }
+                [false, true] => Staging::remove(&staged),
+                [_, false] => {
+                    Staging::remove(&older)?;
+                    match rustix::fs::rename(&staged, &older) {
+                        Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+                        Err(e) => Err(failed(e.into())),
+                    }
+                }
             }
         })
         .await
@@ -211,11 +284,12 @@ impl CloneJob {
         &self,
         prepared: &Prepared,
         staging: &Arc<Staging>,
+        from: Option<RoundFound>,
     ) -> Result<End, Failure> {
         let source = prepared.source.as_ref();
-        let (whole, done) = self.copy_rounds(prepared, source, staging).await?;
+        let (whole, done) = self.copy_rounds(prepared, source, staging, from).await?;
         self.status.begin_stage(pbc::Stage::FileSync);
-        let verified = self.verify(staging, whole, done.root.clone()).await?;
+        let verified = self.verify(staging, whole, &done).await?;
         self.status.end_stages();
         self.check_cancelled()?;
         self.status.set_consistency(&done);
@@ -235,83 +309,29 @@ impl CloneJob {
         Ok(End::Completed)
     }
 
-    /// The server replicates from the donor's, if that was asked for.
-    async fn attach_replica(&self, done: &Advanced) -> Result<(), Failure> {
-        let Some(source) = &self.request.replicate_from else {
-            return Ok(());
-        };
-        let attach = async {
-            let engine = self.settings.engine.as_ref();
-            let database = engine.map(|engine| engine.database.clone()).unwrap_or_default();
-            let at = done.coordinates.clone().unwrap_or_default();
-            replica::attach(&database, &at, source).await
-        };
-        self.until_cancelled(attach).await.map_err(|failure| Failure {
-            message: format!(
-                "the clone is installed and its server is open, but it is no replica that has caught \
-                 up: {}",
-                failure.message
-            ),
-            ..failure
-        })
-    }
-
-    /// The old data go before the first byte, where the caller has said so.
-    async fn discard_old_data(&self) -> Result<(), Failure> {
-        if !self.control.manages() {
-            return Err(not_managed());
-        }
-        warn!(clone = %self.id, "the server is stopped and its data are removed, as asked for");
-        self.control.stop().await?;
-        let directory = self.request.target.clone();
-        blocking(move || identity::discard_all_else(&directory)).await
-    }
-
-    /// The staged tree replaces the server's data.
-    async fn replace(&self, form: Form) -> Result<End, Failure> {
-        let place = Place::new(form, &self.request.target, &self.id);
-        let is_managed = self.control.manages();
-        let waits = !is_managed && server_on(&place.data_directory).is_some();
-        let (id, keep) = (self.id.clone(), self.settings.install.keep_old_data);
-        let replacement =
-            blocking(move || Replacement::create(place, &id, waits, keep)).await.map(Arc::new)?;
-        let replacement = Arc::clone(self.replacement.get_or_init(|| replacement));
-        self.status.set_install(&replacement);
-        if waits {
-            return Ok(End::AwaitsInstall);
-        }
-        self.check_cancelled()?;
-        let installer = installer(&self.settings, &self.status, &self.control, replacement);
-        if is_managed {
-            installer.install().await?;
-            if !self.request.had_data {
-                // There is nothing to give back.
-                let replacement = Arc::clone(&installer.replacement);
-                blocking(move || replacement.accept()).await?;
-                self.status.set_install(&installer.replacement);
-            }
-        } else {
-            installer.put_in_place_or_back().await?;
-        }
-        self.status.end_stages();
-        Ok(End::Completed)
-    }
-
     /// Copies round after round until the donor has nothing more to give.
     async fn copy_rounds(
         &self,
         prepared: &Prepared,
         source: &dyn Source,
         staging: &Arc<Staging>,
+        mut from: Option<RoundFound>,
     ) -> Result<(FileList, Advanced), Failure> {
         let mut position = prepared.opened.position;
         let mut whole: Option<FileList> = None;
         for _ in 0..ROUNDS_MAX {
             self.status.begin_round(position);
-            let list = self.list(source, staging, position, prepared.entries_max).await?;
-            self.status.set_estimate(position, list.totals(), false);
-            let shaped = self.shape(staging, whole, list.clone()).await?;
-            self.copy(prepared, staging, &list, position).await?;
+            let (list, shaped, finished) = if let Some(round) = from.take() {
+                self.reopen_round(prepared, staging, round).await?
+            } else {
+                let list = self.list(source, staging, position, prepared.entries_max).await?;
+                self.status.set_estimate(position, list.totals(), false);
+                let shaped = self.shape(staging, whole, list.clone(), position).await?;
+                (list, shaped, Some(FinishedUnits::default()))
+            };
+            if let Some(finished) = finished {
+                self.copy(prepared, staging, &list, position, finished).await?;
+            }
             self.link(staging, list, shaped.clone()).await?;
             whole = Some(shaped);
             self.until_cancelled(async {
@@ -355,10 +375,18 @@ impl CloneJob {
         staging: &Arc<Staging>,
         whole: Option<FileList>,
         list: FileList,
+        position: Position,
     ) -> Result<FileList, Failure> {
         let (staging, progress) = (Arc::clone(staging), Arc::clone(&self.progress));
         let (growing, cancel) = (Arc::clone(&self.growing), self.cancel.clone());
+        let journal = self.journal();
+        let [_, older] = staging_directories(&self.request.staging_parent(), &self.id);
         blocking(move || {
+            let is_first = whole.is_none();
+            let lost = if is_first { OlderTree::open(&older)? } else { None };
+            if let Some(journal) = journal.as_ref().filter(|_| !is_first) {
+                journal.shaping(position)?;
+            }
             let merged = match whole {
                 Some(whole) => merge(&whole, &list, &mut staging.changes())?,
                 None => list.clone(),
@@ -370,15 +398,18 @@ impl CloneJob {
                 }
                 progress.listed_again(&entry);
                 growing.listed(&entry)?;
-                match (entry.change, &entry.kind) {
-                    (Change::Rename, _) => staging.put_back(entry.file_id, &entry.path)?,
-                    (Change::Truncate, Some(Kind::Regular { size, .. })) => {
-                        staging.open_file(&entry.path, *size)?;
-                    }
-                    // Made, or cut to its size, when it is written.
-                    (Change::Patch, _) => {}
-                    _ => staging.make(&entry)?,
+                shape_entry(&staging, journal.as_deref(), lost.as_ref(), &entry)?;
+            }
+            if lost.is_some() {
+                Staging::remove(&older)?;
+            }
+            if let Some(journal) = journal {
+                if !is_first {
+                    // What the record says of the tree's shape must outlive a cut of power; a first
+                    // round's is made again.
+                    staging.sync()?;
                 }
+                journal.round_begun(position, &list, &merged, &growing.all(), &progress)?;
             }
             Ok(merged)
         })
@@ -391,9 +422,11 @@ impl CloneJob {
         staging: &Arc<Staging>,
         list: &FileList,
         position: Position,
+        finished: FinishedUnits,
     ) -> Result<(), Failure> {
         let context = FetchContext {
-            plan: FetchPlan::new(list, &self.growing, prepared.source.cut())?,
+            plan: self.plan(prepared, list, finished)?,
+            journal: self.journal(),
             staging: Arc::clone(staging),
             progress: Arc::clone(&self.progress),
             position,
@@ -402,6 +435,7 @@ impl CloneJob {
             reuse: prepared.reuse.clone(),
             gate: Arc::clone(&self.gate),
             donor_timeout: self.settings.donor_timeout,
+            stall_timeout: self.settings.stall_timeout,
             stop: self.cancel.child_token(),
         };
         let source = prepared.source.as_ref();
@@ -409,6 +443,16 @@ impl CloneJob {
         let grows = !self.growing.growing().is_empty();
         let follower = grows.then(|| source.follower());
         fetch(Arc::new(context), streams, follower).await
+    }
+
+    fn plan(
+        &self,
+        prepared: &Prepared,
+        list: &FileList,
+        finished: FinishedUnits,
+    ) -> Result<FetchPlan, Failure> {
+        let (cut, streams) = (prepared.source.cut(), self.request.concurrency);
+        FetchPlan::new(list, &self.growing, cut, streams, finished)
     }
 
     /// Makes hard links, now that the files that they name are there.
@@ -437,21 +481,6 @@ impl CloneJob {
         .await
     }
 
-    async fn verify(
-        &self,
-        staging: &Arc<Staging>,
-        whole: FileList,
-        root: Option<Attributes>,
-    ) -> Result<VerifiedTree, Failure> {
-        let (staging, cancel) = (Arc::clone(staging), self.cancel.clone());
-        blocking(move || {
-            verify(&staging, &whole, root.as_ref(), &|| {
-                if cancel.is_cancelled() { Err(stopped()) } else { Ok(()) }
-            })
-        })
-        .await
-    }
-
     /// A file that the donor could not read in one round must have been listed in a later one.
     fn check_all_finished(&self) -> Result<(), Failure> {
         match self.progress.any_unfinished() {
@@ -475,29 +504,40 @@ impl CloneJob {
     }
 }
 
-/// An installer that tells a clone's status of its steps.
-#[must_use]
-pub fn installer(
-    settings: &Settings,
-    status: &Arc<CloneStatus>,
-    control: &Arc<dyn ServerControl>,
-    replacement: Arc<Replacement>,
-) -> Installer {
-    let status = Arc::clone(status);
-    Installer {
-        replacement,
-        control: Arc::clone(control),
-        health_limit: settings.install.recovery_timeout,
-        tell: Box::new(move |replacement| {
-            status.set_install(replacement);
-            match replacement.step() {
-                Step::Stopped | Step::Exchanging | Step::SettingAside | Step::PuttingIn => {
-                    status.begin_stage(pbc::Stage::Restart);
-                }
-                Step::Started => status.begin_stage(pbc::Stage::Recovery),
-                Step::Healthy | Step::Opened => status.end_stages(),
-                _ => {}
-            }
-        }),
-    }
+/// Whether only another snapshot serves, with what is staged: this one has ended, or has passed what
+/// is to be read of it.
+fn is_of_a_lost_snapshot(failure: &Failure) -> bool {
+    matches!(failure.reason.as_ref(), "UNKNOWN_SNAPSHOT" | "STAGE_PASSED")
 }
+
+/// Brings what is staged of one entry to the entry's shape.
+fn shape_entry(
+    staging: &Staging,
+    journal: Option<&CopyJournal>,
+    lost: Option<&OlderTree>,
+    entry: &Entry,
+) -> Result<(), Failure> {
+    if let (Change::Truncate | Change::Patch, Some(Kind::Regular { size, .. }), Some(journal)) =
+        (entry.change, &entry.kind, journal)
+    {
+        journal.resized(entry.file_id, staging.size_of(&entry.path)?, *size)?;
+    }
+    match (entry.change, &entry.kind) {
+        (Change::Rename, _) => staging.put_back(entry.file_id, &entry.path)?,
+        (Change::Truncate, Some(Kind::Regular { size, .. })) => {
+            staging.open_file(&entry.path, *size)?;
+        }
+        // Made, or cut to its size, when it is written.
+        (Change::Patch, _) => {}
+        (_, Some(Kind::Regular { .. })) if !entry.growing => {
+            if let Some(lost) = lost {
+                staging.take(lost, &entry.path)?;
+            }
+        }
+        _ => staging.make(entry)?,
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

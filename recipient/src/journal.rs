@@ -11,28 +11,43 @@
 //! * A record counts once `append` has returned: it is on the disk, and so is the file's name.
 //! * A tail that does not parse is what a crash has left of one append: it is cut off. A record that
 //!   does not parse before one that does is damage, and an error.
+//! * One process writes to a journal: whoever has it open for that holds a lock (flock) on it, so
+//!   that two recipients never work on the same trees, whatever their settings.
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use marcot_common::failure::Failure;
+use rustix::{fs::FlockOperation, io::Errno};
 use tonic::Code;
+
+use crate::sabotage;
 
 /// First bytes of a journal: name and version.
 const MAGIC: &[u8; 8] = b"marcotj1";
+
+/// What journals of all versions begin with; one digit follows.
+const NAME: &[u8; 7] = b"marcotj";
 
 /// Bytes of a record before its payload.
 const HEAD_BYTES: usize = 9;
 
 /// Longest payload: far more than any record has; a length beyond is damage.
-const PAYLOAD_BYTES_MAX: usize = 1 << 20;
+pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
-/// Largest journal that is read: it is read whole.
-const JOURNAL_BYTES_MAX: u64 = 256 << 20;
+/// Longest record.
+const RECORD_BYTES_MAX: usize = HEAD_BYTES + PAYLOAD_BYTES_MAX;
+
+/// How long a task of this process that ends may still have a journal open.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Between two tries to have it.
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// A record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,35 +77,74 @@ impl Journal {
                 .mode(0o600)
                 .open(path)?;
             file.write_all(MAGIC)?;
-            file.sync_all()?;
-            File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+            if !sabotage::leaves_out("journal-create") {
+                file.sync_all()?;
+                File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+            }
             Ok(file)
         };
         let file = create().map_err(|e| Failure::io("create journal", path, &e))?;
+        lock(&file, path)?;
         Ok(Self { file, path: path.to_owned(), end: MAGIC.len() as u64 })
+    }
+
+    /// Has the file system keep room for what is still to be appended, where it can: a full disk must
+    /// not stop what the journal is about.
+    pub fn reserve(&self, bytes: u64) {
+        let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+        if let Err(e) = rustix::fs::fallocate(&self.file, flags, 0, bytes) {
+            tracing::debug!(error = %e, path = %self.path.display(), "no room is kept for a journal");
+        }
     }
 
     /// Opens a journal to go on with it; returns what it holds. A torn tail is cut off.
     pub fn open(path: &Path) -> Result<(Self, Vec<Record>), Failure> {
+        let mut records = Vec::new();
+        let journal = Self::open_with(path, &mut |record| {
+            records.push(record);
+            Ok(())
+        })?;
+        Ok((journal, records))
+    }
+
+    /// As `open`, one record at a time.
+    pub fn open_with(
+        path: &Path,
+        take: &mut dyn FnMut(Record) -> Result<(), Failure>,
+    ) -> Result<Self, Failure> {
         let failed = |e: io::Error| Failure::io("open journal", path, &e);
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-        let bytes = read_all(&file, path)?;
-        let (records, end) = parse(&bytes, path)?;
-        if end < bytes.len() as u64 {
+        lock(&file, path)?;
+        let end = parse(&file, path, take)?;
+        let size = file.metadata().map_err(failed)?.len();
+        if end < size {
             tracing::warn!(
                 path = %path.display(),
-                cut = bytes.len() as u64 - end,
+                cut = size - end,
                 "a journal's last record was not written whole"
             );
             file.set_len(end).and_then(|()| file.sync_all()).map_err(failed)?;
         }
-        Ok((Self { file, path: path.to_owned(), end }, records))
+        Ok(Self { file, path: path.to_owned(), end })
     }
 
     /// What a journal holds; nothing is changed.
     pub fn read(path: &Path) -> Result<Vec<Record>, Failure> {
+        let mut records = Vec::new();
+        Self::read_with(path, &mut |record| {
+            records.push(record);
+            Ok(())
+        })?;
+        Ok(records)
+    }
+
+    /// As `read`, one record at a time.
+    pub fn read_with(
+        path: &Path,
+        take: &mut dyn FnMut(Record) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
         let file = File::open(path).map_err(|e| Failure::io("open journal", path, &e))?;
-        Ok(parse(&read_all(&file, path)?, path)?.0)
+        parse(&file, path, take).map(|_| ())
     }
 
     /// Appends a record; it is on the disk when this returns.
@@ -107,10 +161,41 @@ impl Journal {
         // A failed write or fsync condemns the journal: its user ends, and reads it anew later.
         self.file
             .write_all_at(&record, self.end)
-            .and_then(|()| self.file.sync_data())
+            .and_then(|()| match sabotage::leaves_out("journal-append") {
+                true => Ok(()),
+                false => self.file.sync_data(),
+            })
             .map_err(|e| Failure::io("write journal", &self.path, &e))?;
         self.end += record.len() as u64;
         Ok(())
+    }
+}
+
+/// Takes the journal for this process, until it is closed.
+fn lock(file: &File, path: &Path) -> Result<(), Failure> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WAIT_MAX => {
+                std::thread::sleep(LOCK_PAUSE);
+            }
+            Err(Errno::WOULDBLOCK) => {
+                return Err(Failure::precondition(
+                    "JOURNAL_IN_USE",
+                    format!(
+                        "another process has journal {} open: another marcot-recipient works on \
+                         the same data directory; have only one",
+                        path.display()
+                    ),
+                ));
+            }
+            // A file system without locks (some FUSE).
+            Err(e) => {
+                tracing::warn!(error = %e, path = %path.display(), "a journal cannot be locked");
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -119,34 +204,91 @@ fn checksum(length: u32, kind: u8, payload: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(crc, &[kind]), payload)
 }
 
-fn read_all(file: &File, path: &Path) -> Result<Vec<u8>, Failure> {
+/// Takes all records; returns where the last one ends.
+fn parse(
+    file: &File,
+    path: &Path,
+    take: &mut dyn FnMut(Record) -> Result<(), Failure>,
+) -> Result<u64, Failure> {
     let failed = |e: io::Error| Failure::io("read journal", path, &e);
     let size = file.metadata().map_err(failed)?.len();
-    if size > JOURNAL_BYTES_MAX {
-        return Err(corrupt(path, 0, &format!("it has {size} bytes")));
-    }
-    let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0).map_err(failed)?;
-    Ok(bytes)
-}
-
-/// All records, and where the last one ends.
-fn parse(bytes: &[u8], path: &Path) -> Result<(Vec<Record>, u64), Failure> {
-    if bytes.get(..MAGIC.len()) != Some(MAGIC) {
-        let start = bytes[..bytes.len().min(MAGIC.len())].escape_ascii();
+    let mut window = Window { file, size, start: 0, bytes: Vec::new() };
+    window.reach(MAGIC.len()).map_err(failed)?;
+    if window.bytes.get(..MAGIC.len()) != Some(MAGIC) {
+        let start = &window.bytes[..window.bytes.len().min(MAGIC.len())];
+        if let Some([version]) = start.strip_prefix(NAME)
+            && version.is_ascii_digit()
+        {
+            return Err(Failure::new(
+                Code::FailedPrecondition,
+                "JOURNAL_VERSION",
+                format!(
+                    "journal {} is of version {}, this program knows version {}: start the version \
+                     of marcot-recipient that has written it, nothing of it is removed",
+                    path.display(),
+                    char::from(*version),
+                    char::from(MAGIC[NAME.len()])
+                ),
+            ));
+        }
+        let start = start.escape_ascii();
         return Err(corrupt(path, 0, &format!("it begins with `{start}`, not with `marcotj1`")));
     }
-    let mut records = Vec::new();
     let mut at = MAGIC.len();
-    while let Some((record, next)) = record_at(bytes, at) {
-        records.push(record);
+    loop {
+        at = window.drop_before(at);
+        window.reach(at + RECORD_BYTES_MAX).map_err(failed)?;
+        let Some((record, next)) = record_at(&window.bytes, at) else {
+            break;
+        };
+        take(record)?;
         at = next;
     }
-    // What a crash leaves of an append has nothing behind it.
-    if (at + 1..bytes.len()).any(|later| record_at(bytes, later).is_some()) {
-        return Err(corrupt(path, at, "a record there is damaged, later ones are whole"));
+    // What a crash leaves of an append is less than a record, and has nothing behind it.
+    let end = window.start + at as u64;
+    let left = &window.bytes[at..];
+    let is_torn = size - end < RECORD_BYTES_MAX as u64
+        && !(1..left.len()).any(|later| record_at(left, later).is_some());
+    if is_torn {
+        Ok(end)
+    } else {
+        Err(corrupt(path, end, "a record there is damaged, it is not the last one"))
     }
-    Ok((records, at as u64))
+}
+
+/// A part of a file in memory.
+struct Window<'a> {
+    file: &'a File,
+    size: u64,
+    /// Where in the file it starts.
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window<'_> {
+    /// Reads on until it has so many bytes, or all there are.
+    fn reach(&mut self, count: usize) -> io::Result<()> {
+        let end = self.start + self.bytes.len() as u64;
+        if self.bytes.len() >= count || end >= self.size {
+            return Ok(());
+        }
+        // More than one record at a time.
+        let more = (count - self.bytes.len() + RECORD_BYTES_MAX) as u64;
+        let more = usize::try_from(more.min(self.size - end)).unwrap_or(0);
+        let old = self.bytes.len();
+        self.bytes.resize(old + more, 0);
+        self.file.read_exact_at(&mut self.bytes[old..], end)
+    }
+
+    /// Forgets what comes before `at`, when that is much; returns where `at` is then.
+    fn drop_before(&mut self, at: usize) -> usize {
+        if at < RECORD_BYTES_MAX {
+            return at;
+        }
+        self.bytes.drain(..at);
+        self.start += at as u64;
+        0
+    }
 }
 
 fn record_at(bytes: &[u8], at: usize) -> Option<(Record, usize)> {
@@ -161,7 +303,7 @@ fn record_at(bytes: &[u8], at: usize) -> Option<(Record, usize)> {
     Some((Record { kind, payload: payload.to_vec() }, at + HEAD_BYTES + size))
 }
 
-fn corrupt(path: &Path, at: usize, why: &str) -> Failure {
+fn corrupt(path: &Path, at: u64, why: &str) -> Failure {
     Failure::new(
         Code::DataLoss,
         "JOURNAL_CORRUPT",
@@ -206,14 +348,32 @@ mod tests {
         }
     }
 
+    /// Guards against two recipients on one data directory: the second neither reads nor cuts.
+    #[test]
+    fn a_journal_has_one_writer() {
+        let (_directory, path) = written(&some());
+        let (first, _) = Journal::open(&path).unwrap();
+        assert_eq!(Journal::open(&path).unwrap_err().reason, "JOURNAL_IN_USE");
+        assert_eq!(Journal::read(&path).unwrap(), some());
+        drop(first);
+        Journal::open(&path).unwrap();
+    }
+
     #[test]
     fn other_files_and_other_versions_are_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");
-        for content in [&b""[..], b"marcotj2", b"something else"] {
+        for (content, reason) in [
+            (&b""[..], "JOURNAL_CORRUPT"),
+            (b"something else", "JOURNAL_CORRUPT"),
+            (b"marcotj", "JOURNAL_CORRUPT"),
+            (b"marcotjx", "JOURNAL_CORRUPT"),
+            (b"marcotj0 and more", "JOURNAL_VERSION"),
+            (b"marcotj2", "JOURNAL_VERSION"),
+        ] {
             std::fs::write(&path, content).unwrap();
             let failure = Journal::open(&path).unwrap_err();
-            assert_eq!(failure.reason, "JOURNAL_CORRUPT");
+            assert_eq!(failure.reason, reason, "{failure}");
         }
     }
 
@@ -228,6 +388,10 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             match Journal::open(&path) {
                 Ok((_, records)) => prop_assert_eq!(&records[..], &some()[..2]),
+                // The digit of the version has no checksum of its own.
+                Err(failure) if bit / 8 == NAME.len() => {
+                    prop_assert!(failure.reason.starts_with("JOURNAL_"), "{}", failure);
+                }
                 Err(failure) => prop_assert_eq!(failure.reason, "JOURNAL_CORRUPT"),
             }
         }

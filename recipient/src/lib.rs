@@ -8,7 +8,9 @@
 //! `job::CloneJob::run` names every stage of a clone in order.
 
 pub mod api;
+pub mod certificate;
 pub mod cli;
+pub mod copy_journal;
 pub mod donor_client;
 pub mod fetch;
 pub mod gate;
@@ -17,6 +19,7 @@ pub mod install;
 pub mod install_options;
 pub mod job;
 pub mod journal;
+pub mod label;
 pub mod list;
 pub mod metrics;
 pub mod plan;
@@ -26,6 +29,7 @@ pub mod replica;
 pub mod request;
 pub mod retry;
 pub mod reuse;
+mod sabotage;
 pub mod server;
 pub mod server_control;
 pub mod settings;

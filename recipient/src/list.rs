@@ -60,6 +60,34 @@ impl FileList {
         decode(&record)
     }
 
+    /// Gives the list's file a name, durable when this returns.
+    pub fn keep_as(&self, path: &Path) -> Result<(), Failure> {
+        self.spool.keep_as(path).map_err(|e| Failure::io("keep the list of files as", path, &e))
+    }
+
+    /// Opens a list that was kept in `directory`; it must be the one that has these totals.
+    pub fn open(directory: &Path, name: &str, totals: Totals) -> Result<Self, Failure> {
+        let path = directory.join(name);
+        let spool = Spool::open(&path, totals.entries)
+            .map_err(|e| Failure::io("read the list of files in", &path, &e))?;
+        let list = Self { spool, totals, directory: directory.to_owned() };
+        let mut counted = Totals::default();
+        for entry in list.entries()? {
+            counted.add(&entry?);
+        }
+        if counted != totals {
+            return Err(Failure::new(
+                Code::DataLoss,
+                "JOURNAL_CORRUPT",
+                format!(
+                    "the list of files {} holds {counted:?}, the journal beside it says {totals:?}",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(list)
+    }
+
     fn unreadable(&self, error: &io::Error) -> Failure {
         Failure::io("read the list of files in", &self.directory, error)
     }

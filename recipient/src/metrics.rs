@@ -59,6 +59,22 @@ impl Collector for RecipientMetrics {
             None,
             gauge.metric_type(),
         )?)?;
+        for (name, help, value) in [
+            (
+                "marcot_old_data_kept",
+                "Clones whose old data are kept until they are accepted",
+                i64::try_from(self.clones.kept()).unwrap_or(i64::MAX),
+            ),
+            (
+                "marcot_old_data_low_space",
+                "Whether the file system is nearly full while old data are kept",
+                i64::from(self.clones.space_is_low()),
+            ),
+        ] {
+            let gauge = ConstGauge::new(value);
+            let kind = gauge.metric_type();
+            gauge.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
+        }
         let totals = self.clones.byte_totals();
         for (name, help, value) in [
             ("marcot_raw", "Data written to staging", totals.data),

@@ -1,6 +1,9 @@
 //! What is fetched, cut into units: pure, from a list.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use marcot_common::{
     entry::{Change, Entry, FileId, Kind},
@@ -9,6 +12,7 @@ use marcot_common::{
 };
 
 use crate::{
+    copy_journal::record::UnitDone,
     growing::GrowingFiles,
     list::{Entries, FileList},
 };
@@ -18,11 +22,18 @@ const SMALL_BYTES_MAX: u64 = 1 << 20;
 
 /// Most files and most bytes of one unit of small files: they are made durable together.
 const UNIT_FILES_MAX: usize = 2048;
-const UNIT_BYTES_MAX: u64 = 32 << 20;
+const UNIT_BYTES_MAX: u64 = 16 << 20;
 
-/// Bytes of data in one part of a large file; all of a unit is durable before the next one starts,
-/// so no stream ever has more than this that is not.
-pub const SEGMENT_BYTES: u64 = 64 << 20;
+/// Bytes of data in one part of a large file, of all streams together: all of a unit is durable and
+/// recorded before the next one starts, so that a recipient that is killed copies no more than this
+/// again.
+pub const SEGMENT_BYTES: u64 = 48 << 20;
+
+/// Least bytes of a part: shorter ones are more calls and fsyncs than data.
+const SEGMENT_BYTES_MIN: u64 = 8 << 20;
+
+/// Parts begin at multiples of this: of the pages of any database, and of blocks that are compared.
+const SEGMENT_ALIGN: u64 = 1 << 20;
 
 /// A file, or a part of one, that is to be copied.
 #[derive(Debug, Clone)]
@@ -48,6 +59,59 @@ pub struct Part {
 pub struct Unit {
     /// In ascending order.
     pub parts: Vec<Part>,
+    /// Number of its first entry in the list.
+    pub first: u64,
+    /// Number of its last entry.
+    pub last: u64,
+}
+
+impl Unit {
+    /// Where its first part begins.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.parts.first().map_or(0, |part| part.offset)
+    }
+
+    /// Bytes of all its parts.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.parts.iter().map(|part| part.length).sum()
+    }
+}
+
+/// Units of a round that are durable, by first entry and offset.
+#[derive(Debug, Clone, Default)]
+pub struct FinishedUnits(HashMap<(u64, u64), UnitDone>);
+
+impl FinishedUnits {
+    /// Adds one.
+    pub fn insert(&mut self, done: UnitDone) {
+        self.0.insert((done.first, done.offset), done);
+    }
+
+    /// Whether a unit is one of them: the very same.
+    #[must_use]
+    pub fn contains(&self, unit: &Unit) -> bool {
+        let done = self.0.get(&(unit.first, unit.offset()));
+        done.is_some_and(|done| (done.last, done.length) == (unit.last, unit.length()))
+    }
+
+    /// Takes one out.
+    pub fn remove(&mut self, unit: &Unit) -> Option<UnitDone> {
+        self.0.remove(&(unit.first, unit.offset()))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// Whether large files are cut.
@@ -70,6 +134,8 @@ struct Cutter {
     entries: Entries,
     growing: Arc<GrowingFiles>,
     cut: Cut,
+    segment_max: u64,
+    finished: FinishedUnits,
     /// A large file that is being cut: its entry, its size, the next offset, bytes of a segment.
     large: Option<(Entry, u64, u64, u64)>,
     /// A file that did not fit into the last unit.
@@ -77,10 +143,24 @@ struct Cutter {
 }
 
 impl FetchPlan {
-    /// Plans what the list asks to be read.
-    pub fn new(list: &FileList, growing: &Arc<GrowingFiles>, cut: Cut) -> Result<Self, Failure> {
-        let growing = Arc::clone(growing);
-        let cutter = Cutter { entries: list.entries()?, growing, cut, large: None, next: None };
+    /// Plans what the list asks to be read, for so many streams, but for what is `finished`.
+    pub fn new(
+        list: &FileList,
+        growing: &Arc<GrowingFiles>,
+        cut: Cut,
+        streams: usize,
+        finished: FinishedUnits,
+    ) -> Result<Self, Failure> {
+        let share = SEGMENT_BYTES / u64::try_from(streams.max(1)).unwrap_or(u64::MAX);
+        let cutter = Cutter {
+            entries: list.entries()?,
+            growing: Arc::clone(growing),
+            cut,
+            segment_max: (share - share % SEGMENT_ALIGN).max(SEGMENT_BYTES_MIN),
+            finished,
+            large: None,
+            next: None,
+        };
         Ok(Self { state: Mutex::new(cutter) })
     }
 
@@ -92,6 +172,15 @@ impl FetchPlan {
 
 impl Cutter {
     fn next(&mut self) -> Result<Option<Unit>, Failure> {
+        loop {
+            match self.next_of_all()? {
+                Some(unit) if self.finished.contains(&unit) => {}
+                next => return Ok(next),
+            }
+        }
+    }
+
+    fn next_of_all(&mut self) -> Result<Option<Unit>, Failure> {
         if let Some(unit) = self.next_segment() {
             return Ok(Some(unit));
         }
@@ -109,6 +198,10 @@ impl Cutter {
             };
             if size <= SMALL_BYTES_MAX {
                 bytes += size;
+                if unit.parts.is_empty() {
+                    unit.first = entry.number;
+                }
+                unit.last = entry.number;
                 unit.parts.push(Part {
                     file_id: entry.file_id,
                     path: entry.path.clone(),
@@ -120,7 +213,7 @@ impl Cutter {
                 });
             } else if unit.parts.is_empty() {
                 let segment = match self.cut {
-                    Cut::Segments => segment_bytes(size, allocated),
+                    Cut::Segments => segment_bytes(size, allocated, self.segment_max),
                     Cut::WholeFiles => size,
                 };
                 self.large = Some((entry, size, from, segment));
@@ -135,7 +228,8 @@ impl Cutter {
 
     fn next_segment(&mut self) -> Option<Unit> {
         let (entry, size, offset, segment) = self.large.take()?;
-        let length = segment.min(size - offset);
+        // A file that has grown may go on within a block; from then on no two parts share one.
+        let length = (segment - offset % SEGMENT_ALIGN).min(size - offset);
         let whole = (length == size).then(|| Box::new(entry.clone()));
         let part = Part {
             file_id: entry.file_id,
@@ -146,11 +240,11 @@ impl Cutter {
             whole,
             patches: entry.change == Change::Patch,
         };
-        let next = offset + length;
+        let (next, number) = (offset + length, entry.number);
         if next < size {
             self.large = Some((entry, size, next, segment));
         }
-        Some(Unit { parts: vec![part] })
+        Some(Unit { parts: vec![part], first: number, last: number })
     }
 
     /// The next regular file whose content is to be read, and its allocated bytes.
@@ -176,11 +270,11 @@ impl Cutter {
     }
 }
 
-/// Bytes of a file, holes included, that hold about `SEGMENT_BYTES` of data: one call for each
+/// Bytes of a file, holes included, that hold about `most` bytes of data: one call for each
 /// 64 MiB of a hole of a terabyte would be 16,384 calls for nothing.
-fn segment_bytes(size: u64, allocated: u64) -> u64 {
-    let holes = size / allocated.max(SEGMENT_BYTES);
-    SEGMENT_BYTES.saturating_mul(holes.clamp(1, 1024))
+fn segment_bytes(size: u64, allocated: u64, most: u64) -> u64 {
+    let holes = size / allocated.max(most);
+    most.saturating_mul(holes.clamp(1, 1024))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use tracing::warn;
 use crate::{
     donor_client::DonorSource,
     install::place::Form,
-    job::CloneJob,
+    job::{CloneJob, staging_directories},
     request::{CloneRequest, Owner, SourceRequest},
     reuse::Reuse,
     settings::Settings,
@@ -33,6 +33,7 @@ use crate::{
 };
 
 mod replaceable;
+pub(crate) mod server_paths;
 
 /// Room that must stay on the file system beside the copy: lists, directories, rounding up.
 const SPACE_MARGIN_BYTES: u64 = 64 << 20;
@@ -168,18 +169,22 @@ pub async fn prepare(job: &CloneJob) -> Result<Prepared, Failure> {
     job.status.update(|clone| clone.left_out = opened.left_out.clone().into_iter().collect());
     let parent = &space_of(&job.request);
     let inodes = free_space(parent).ok().map(|free| free.inodes).filter(|&inodes| inodes > 0);
-    // What is to be replaced is an older copy, more often than not.
-    let replaced = job.request.form.map(|_| job.request.target.as_path());
-    let is_remote = matches!(job.request.source, SourceRequest::Donor(_));
-    let older = job.request.reuse.as_deref().or(replaced.filter(|_| is_remote));
-    let reuse = older.map(Reuse::open).transpose()?.map(Arc::new);
     Ok(Prepared {
-        reuse,
+        reuse: older_copy(&job.request)?,
         owners: owners(&job.request, parent)?,
         entries_max: inodes.map_or(job.settings.entries_max, |n| n.min(job.settings.entries_max)),
         source,
         opened,
     })
+}
+
+/// The older copy whose equal blocks are used: the one that was named, or what is to be replaced,
+/// which is an older copy more often than not.
+pub fn older_copy(request: &CloneRequest) -> Result<Option<Arc<Reuse>>, Failure> {
+    let is_remote = matches!(request.source, SourceRequest::Donor(_));
+    let replaced = request.form.map(|_| request.target.as_path());
+    let older = request.reuse.as_deref().or(replaced.filter(|_| is_remote));
+    Ok(older.map(Reuse::open).transpose()?.map(Arc::new))
 }
 
 /// Looks at everything and changes nothing.
@@ -192,6 +197,7 @@ pub async fn inspect(
     let mut findings = Findings::default();
     target::check(request, settings, &mut findings);
     replaceable::check(request, settings.engine.as_ref(), &mut findings).await;
+    server_paths::check(request, settings.engine.as_ref(), &mut findings).await;
     let source = match &request.source {
         SourceRequest::Local => open_local(request, settings, &mut findings).await,
         SourceRequest::Donor(donor) => {
@@ -218,8 +224,12 @@ pub async fn inspect(
     match (&source, free_space(parent)) {
         (Some(source), Ok(free)) => {
             let estimate = source.opened().estimate;
-            let freed =
-                if request.discard_old_data_first { allocated_bytes(&request.target) } else { 0 };
+            let [_, lost] = staging_directories(&request.staging_parent(), clone_id);
+            // A snapshot that was lost has left what the next one goes on with.
+            let mut freed = allocated_bytes(&lost);
+            if request.discard_old_data_first {
+                freed = freed.saturating_add(allocated_bytes(&request.target));
+            }
             let free = FreeSpace { bytes: free.bytes.saturating_add(freed), ..free };
             findings.add("free_space", enough_bytes(parent, &free, estimate));
             findings.add("free_inodes", enough_inodes(parent, &free, estimate));

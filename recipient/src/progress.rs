@@ -13,9 +13,15 @@ use marcot_common::{
     failure::Failure,
     path::RelativePath,
 };
+use marcot_proto::recipient::v1 as pb;
 use tonic::Code;
 
-use crate::{retry::Retries, writer::Unfinished};
+use crate::{
+    copy_journal::{CopyFound, record::UnitDone},
+    plan::SEGMENT_BYTES,
+    retry::Retries,
+    writer::Unfinished,
+};
 
 /// Most files that may be unfinished at the end of a round: held in memory, some 300 bytes each.
 const UNFINISHED_MAX: usize = 16 << 10;
@@ -79,6 +85,36 @@ impl Progress {
         self.retries.note(cause);
     }
 
+    /// Counts what an earlier run of the clone has copied.
+    pub fn go_on_from(&self, found: &CopyFound, clone: &pb::Clone) {
+        if let Some(round) = &found.round {
+            let grown: u64 = round.growing.iter().map(|file| file.durable).sum();
+            let data = round.done.data_bytes.saturating_add(grown);
+            self.data_bytes.add(data);
+            let verified = data.saturating_sub(round.done.reused_bytes);
+            self.verified_bytes.add(verified);
+            // What had come of units that were not recorded yet, which is bounded; a snapshot that was
+            // lost before is no part of it.
+            let lost = clone.verified_bytes.saturating_sub(verified);
+            self.resent_bytes.add(lost.min(SEGMENT_BYTES));
+            self.hole_bytes.add(round.done.hole_bytes);
+            self.reused_bytes.add(round.done.reused_bytes);
+            self.files_copied.add(round.done.files);
+        }
+        self.network_bytes.add(clone.stages.iter().map(|row| row.network_bytes).sum());
+        self.resent_bytes.add(clone.resent_bytes);
+        self.retries.count.add(clone.retries.into());
+    }
+
+    /// A unit that was counted has to be copied again.
+    pub fn take_back(&self, done: &UnitDone) {
+        self.data_bytes.subtract(done.data_bytes);
+        self.verified_bytes.subtract(done.data_bytes.saturating_sub(done.reused_bytes));
+        self.hole_bytes.subtract(done.hole_bytes);
+        self.reused_bytes.subtract(done.reused_bytes);
+        self.files_copied.subtract(done.files);
+    }
+
     /// Notes files that the next round must list again.
     pub fn note_unfinished(&self, files: Vec<Unfinished>) -> Result<(), Failure> {
         let mut noted = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,6 +159,13 @@ impl Progress {
             }
             Change::Truncate | Change::Patch => {}
         }
+    }
+
+    /// All files that are still unfinished.
+    #[must_use]
+    pub fn unfinished(&self) -> Vec<Unfinished> {
+        let unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
+        unfinished.values().cloned().collect()
     }
 
     /// A file that is still unfinished.

@@ -14,11 +14,14 @@ use marcot_common::{
 };
 use marcot_engine::{SnapshotOptions, innodb::replica::ReplicationSource};
 use marcot_proto::recipient::v1 as pb;
+use prost::Message as _;
 use zeroize::Zeroizing;
 
 use crate::{
-    install::place::{Form, INNER_DIRECTORY},
+    copy_journal::record::{Begun, decode},
+    install::place::{self, Form, INNER_DIRECTORY},
     settings::{CONCURRENCY_MAX, Settings},
+    staging::STAGING_PREFIX,
 };
 
 /// A checked request for a clone.
@@ -52,6 +55,13 @@ pub struct CloneRequest {
     pub request_id: String,
     /// The statement that says the same, its secret hidden.
     pub statement: String,
+    /// The message that says the same, without its secrets: for the copy's journal. Empty for CLONE
+    /// LOCAL.
+    pub record: Vec<u8>,
+    /// Whether all is read from the disk again before it is installed.
+    pub verifies_fully: bool,
+    /// Whether secrets are missing: it was read from a journal.
+    pub lacks_secrets: bool,
 }
 
 /// Where a clone's files come from.
@@ -130,6 +140,7 @@ impl CloneRequest {
                 return Err(Failure::invalid("BAD_SSL_MODE", text));
             }
         };
+        let record = without_secrets(&message).encode_to_vec();
         let donor = DonorRequest {
             host: message.host,
             port,
@@ -139,12 +150,38 @@ impl CloneRequest {
             fingerprint: fingerprint(&message.donor_fingerprint)?,
             compression_level: compression_level(message.compression)?,
         };
-        Self::build(
+        let request = Self::build(
             SourceRequest::Donor(donor),
             &message.data_directory,
             message.options.unwrap_or_default(),
             settings,
-        )
+        )?;
+        Ok(Self { record, ..request })
+    }
+
+    /// Reads the request of a copy that is gone on with, and takes the secrets that its journal has
+    /// not got.
+    pub fn from_record(
+        begun: &Begun,
+        secrets: Option<Secrets>,
+        settings: &Settings,
+    ) -> Result<Self, Failure> {
+        let mut message: pb::CloneInstanceRequest = decode(&begun.request)?;
+        let lacks_secrets = secrets.is_none();
+        let Secrets { password, attach_replica_password } = secrets.unwrap_or_default();
+        message.password = password.to_string();
+        let attach = message.options.as_mut().and_then(|options| options.attach_replica.as_mut());
+        if let Some(attach) = attach {
+            attach.password = attach_replica_password.to_string();
+        }
+        let form = match begun.form.as_str() {
+            "" => None,
+            name => Form::parse(name),
+        };
+        // What was replaced may look otherwise by now: its data may have been discarded.
+        let request =
+            Self { form, had_data: begun.had_data, ..Self::from_instance(message, settings)? };
+        Ok(Self { lacks_secrets, ..request })
     }
 
     /// Checks `CloneLocal`.
@@ -225,6 +262,10 @@ impl CloneRequest {
             Path::new(OsStr::from_bytes(data_directory)).components().collect()
         };
         refuse_later_options(&options)?;
+        let Ok(verification) = pb::Verification::try_from(options.verification) else {
+            let text = format!("verification {} is not known", options.verification);
+            return Err(Failure::invalid("BAD_VERIFICATION", text));
+        };
         if options.request_id.len() > 128 || options.request_id.chars().any(char::is_control) {
             let length = options.request_id.len();
             return Err(Failure::invalid(
@@ -234,7 +275,12 @@ impl CloneRequest {
         }
         let statement = describe(&source, &target, replaces);
         let had_data = replaces && holds_data(&target)?;
-        let form = if had_data || (replaces && settings.install.manages && target.is_dir()) {
+        // An empty directory makes way for the clone, unless a server is to be stopped for it, or it
+        // is a mount point.
+        let is_there = replaces && target.is_dir();
+        let form = if had_data
+            || (is_there && (settings.install.manages || place::is_mount_point(&target)?))
+        {
             Some(settings.install.form.map_or_else(|| Form::of(&target), Ok)?)
         } else {
             None
@@ -247,13 +293,16 @@ impl CloneRequest {
             concurrency: concurrency(&options, settings)?,
             snapshot: snapshot_options(&options)?,
             discard_old_data_first: discard(&options, form)?,
-            replicate_from: replicate_from(&options, &source, replaces)?,
+            replicate_from: replicate_from(&options, &source, replaces, settings)?,
             reuse: reuse(&options, &source)?,
             request_id: options.request_id,
             source,
             target,
             replaces,
             statement,
+            record: Vec::new(),
+            verifies_fully: verification == pb::Verification::Full,
+            lacks_secrets: false,
         })
     }
 
@@ -279,13 +328,69 @@ impl CloneRequest {
     }
 }
 
-/// Whether a data directory holds more than what an install keeps there.
-fn holds_data(data_directory: &Path) -> Result<bool, Failure> {
-    match std::fs::read_dir(data_directory) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(Failure::io("read directory", data_directory, &e)),
-        Ok(entries) => Ok(entries.flatten().any(|entry| entry.file_name() != INNER_DIRECTORY)),
+/// What a journal never holds.
+#[derive(Default)]
+pub struct Secrets {
+    /// Of the donor's account.
+    pub password: Zeroizing<String>,
+    /// Of the account that the server replicates by.
+    pub attach_replica_password: Zeroizing<String>,
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets")
     }
+}
+
+fn without_secrets(message: &pb::CloneInstanceRequest) -> pb::CloneInstanceRequest {
+    let mut message = pb::CloneInstanceRequest { password: String::new(), ..message.clone() };
+    let attach = message.options.as_mut().and_then(|options| options.attach_replica.as_mut());
+    if let Some(attach) = attach {
+        attach.password = String::new();
+    }
+    message
+}
+
+/// Beginnings of the names of what a server makes in an empty directory before it finds that it
+/// cannot run there; without any directory beside them there is no table.
+const OF_NO_DATA: [&str; 13] = [
+    "aria_log",
+    "ibdata",
+    "ib_logfile",
+    "ib_buffer_pool",
+    "ibtmp",
+    "undo0",
+    "ddl_recovery",
+    "tc.log",
+    "multi-master.info",
+    "mariadb_upgrade_info",
+    "mysql_upgrade_info",
+    "mysqld-auto.cnf",
+    "auto.cnf",
+];
+
+/// Whether a data directory holds more than what an install, the file system, or a server that could
+/// not start has put there.
+fn holds_data(data_directory: &Path) -> Result<bool, Failure> {
+    let entries = match std::fs::read_dir(data_directory) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(Failure::io("read directory", data_directory, &e)),
+        Ok(entries) => entries,
+    };
+    let is_data = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        if name == INNER_DIRECTORY || name == "lost+found" {
+            return false;
+        }
+        let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
+        let name = name.to_string_lossy();
+        let is_junk = name.starts_with(STAGING_PREFIX)
+            || OF_NO_DATA.iter().any(|start| name.starts_with(start))
+            || [".pid", ".err", ".sock"].iter().any(|end| name.ends_with(end));
+        !(is_file && is_junk)
+    };
+    Ok(entries.flatten().any(is_data))
 }
 
 /// Waits for the backup locks that may be asked for; the longest ends before a call is given up.
@@ -340,7 +445,8 @@ fn snapshot_options(options: &pb::CloneOptions) -> Result<SnapshotOptions, Failu
             format!("ddl_timeout is {wait:?}, {DDL_TIMEOUTS:?} are allowed"),
         ));
     }
-    Ok(SnapshotOptions { block_ddl: options.block_ddl, ddl_timeout })
+    let block_ddl = options.block_ddl;
+    Ok(SnapshotOptions { block_ddl, ddl_timeout, ..SnapshotOptions::default() })
 }
 
 /// Only what is replaced can be discarded.
@@ -358,6 +464,7 @@ fn replicate_from(
     options: &pb::CloneOptions,
     source: &SourceRequest,
     replaces: bool,
+    settings: &Settings,
 ) -> Result<Option<ReplicationSource>, Failure> {
     let Some(attach) = &options.attach_replica else {
         return Ok(None);
@@ -368,6 +475,14 @@ fn replicate_from(
     };
     if !replaces {
         return bad("attach_replica: only a clone that replaces a server's data".to_owned());
+    }
+    if !settings.install.manages {
+        return bad(
+            "attach_replica: this recipient does not start the server (neither supervise nor \
+             --start-command), so it cannot make it a replica; leave it out, and use the CHANGE \
+             MASTER statement that the clone ends with"
+                .to_owned(),
+        );
     }
     let port = if attach.port == 0 { 3306 } else { attach.port };
     let Some(port) = u16::try_from(port).ok() else {
@@ -453,4 +568,30 @@ fn parse_owner(given: &str) -> Result<Owner, Failure> {
         .or_else(|| uzers::get_group_by_name(group).map(|group| group.gid()))
         .ok_or_else(|| bad("no such group on this host"))?;
     Ok(Owner::Given(uid, gid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards against an "old tree" that nobody can roll back to, and against data that are taken
+    /// for none.
+    #[test]
+    fn what_a_server_leaves_that_could_not_start_is_no_data() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        assert!(!holds_data(path).unwrap());
+        for name in [INNER_DIRECTORY, "lost+found"] {
+            std::fs::create_dir(path.join(name)).unwrap();
+        }
+        for name in ["ibdata1", "ib_logfile0", "aria_log.00000001", "undo001", "host.pid"] {
+            std::fs::write(path.join(name), "x").unwrap();
+        }
+        assert!(!holds_data(path).unwrap());
+        std::fs::create_dir(path.join("mysql")).unwrap();
+        assert!(holds_data(path).unwrap());
+        std::fs::remove_dir(path.join("mysql")).unwrap();
+        std::fs::write(path.join("any"), "x").unwrap();
+        assert!(holds_data(path).unwrap());
+    }
 }

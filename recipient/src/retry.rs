@@ -25,6 +25,9 @@ pub const DONOR_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5 * 60);
 /// Its longest value, as the plugin has it.
 pub const DONOR_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 60);
 
+/// Shortest time that a call must be given before it counts as standing still.
+pub const STALL_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+
 /// First pause; each later one is twice as long.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 
@@ -110,6 +113,8 @@ fn kind_of(failure: &Failure) -> Kind {
         "TLS_FAILED" if failure.code == Code::Unavailable => Kind::Network,
         // A call that was cut may hold its place until the donor has noticed.
         "READER_LIMIT" => Kind::Network,
+        // The donor is there, its database is being started again.
+        "DATABASE_UNREACHABLE" | "DATABASE_LOST" => Kind::Network,
         "PEER_MISBEHAVED" | "CHUNK_CORRUPT" | "MESSAGE_CORRUPT" => Kind::Wrong,
         // A message of either side that was changed on its way and could not be read.
         reason if reason.starts_with("BAD_") => Kind::Wrong,
@@ -117,11 +122,19 @@ fn kind_of(failure: &Failure) -> Kind {
     }
 }
 
+/// Whether a clone failed since its donor could not be reached: it may be gone on with later.
+#[must_use]
+pub fn is_of_the_network(failure: &Failure) -> bool {
+    kind_of(failure) == Kind::Network
+}
+
 /// The tries of one stream or call.
 #[derive(Debug)]
 pub struct Patience<'a> {
     retries: &'a Retries,
     limit: Duration,
+    /// Whether a donor that refuses for now is waited for as well.
+    awaits_refusals: bool,
     since: Option<Instant>,
     failed: Option<Instant>,
     pause: Duration,
@@ -132,7 +145,16 @@ impl<'a> Patience<'a> {
     /// Nothing has failed yet; a donor that is gone is waited for as long as `limit`.
     #[must_use]
     pub fn new(retries: &'a Retries, limit: Duration) -> Self {
-        Self { retries, limit, since: None, failed: None, pause: PAUSE_MIN, wrong: 0 }
+        let (since, failed, pause) = (None, None, PAUSE_MIN);
+        Self { retries, limit, awaits_refusals: false, since, failed, pause, wrong: 0 }
+    }
+
+    /// A donor that is there, and says that it cannot serve at this moment, is waited for as well: for
+    /// a clone that has something to lose.
+    #[must_use]
+    pub fn awaiting_refusals(mut self) -> Self {
+        self.awaits_refusals = true;
+        self
     }
 
     /// Something right has come.
@@ -148,7 +170,10 @@ impl<'a> Patience<'a> {
     /// The pause before the next try; the failure itself when there is to be none.
     pub fn after(&mut self, failure: Failure) -> Result<Duration, Failure> {
         let now = Instant::now();
-        let kind = kind_of(&failure);
+        let kind = match kind_of(&failure) {
+            Kind::Final if self.awaits_refusals && failure.is_retryable() => Kind::Network,
+            kind => kind,
+        };
         if kind == Kind::Wrong {
             self.wrong += 1;
         }
@@ -277,6 +302,21 @@ mod tests {
         assert_eq!(patience.after(failure("DISK_FULL")).unwrap_err().reason, "DISK_FULL");
         patience.progress();
         patience.after(failure("CHUNK_CORRUPT")).unwrap();
+    }
+
+    /// Guards what is staged when another snapshot is refused for now: without it the clone ends.
+    #[test]
+    fn a_refusal_for_now_is_waited_for_where_that_was_asked_for() {
+        let retries = Retries::default();
+        let limit = Failure::new(Code::ResourceExhausted, "SNAPSHOT_LIMIT", "why");
+        let limit = limit.retry_after(Duration::from_secs(10));
+        let draining = failure("DRAINING");
+        for refusal in [limit, draining] {
+            Patience::new(&retries, DONOR_TIMEOUT_DEFAULT).after(refusal.clone()).unwrap_err();
+            let mut patient = Patience::new(&retries, DONOR_TIMEOUT_DEFAULT).awaiting_refusals();
+            patient.after(refusal).unwrap();
+            patient.after(Failure::precondition("NO_SPACE", "why")).unwrap_err();
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //!   else writes, and what is staged is hashed. Whatever happens to the older file meanwhile, a
 //!   block that the donor finds equal is equal in staging.
 //! * The older copy is only read. One that cannot be read is passed by.
+//! * What is staged already, of a snapshot that was lost or of a unit that was cut short, is hashed
+//!   where it is, and nothing is copied over it.
 //! * Only files that the list adds or replaces are looked for: what a database writes by itself
 //!   (its log, its identity) comes from the donor.
 
@@ -18,11 +20,14 @@ use std::{
 use bytes::{BufMut as _, Bytes, BytesMut};
 use marcot_common::{chunk::DIGEST_BYTES, failure::Failure, path::RelativePath};
 use rustix::{
-    fs::{Mode, OFlags, ResolveFlags, SeekFrom},
+    fs::{FallocateFlags, Mode, OFlags, ResolveFlags, SeekFrom},
     io::Errno,
 };
 
-use crate::plan::Part;
+use crate::{
+    certificate::digests::{self, Digest},
+    plan::Part,
+};
 
 /// Bytes of a block: the page size of most databases, so that one changed page costs one block.
 /// Digests are then a thousandth of the data.
@@ -31,10 +36,10 @@ pub const BLOCK_BYTES: u64 = 16 << 10;
 /// Bytes of one read or copy.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// An older copy.
-#[derive(Debug)]
+/// Where equal blocks are looked for: in staging itself, then in an older copy, if there is one.
+#[derive(Debug, Default)]
 pub struct Reuse {
-    root: OwnedFd,
+    older: Option<OwnedFd>,
 }
 
 /// What is staged of a part, as digests of its blocks.
@@ -43,6 +48,24 @@ pub struct Known {
     /// First byte of the first block.
     first: u64,
     digests: Bytes,
+    /// Of the same bytes, digests of the certificate's blocks.
+    certified: CertifiedBlocks,
+}
+
+/// Digests of the certificate's blocks that were read whole, one after another.
+#[derive(Debug, Clone, Default)]
+pub struct CertifiedBlocks {
+    first: u64,
+    digests: Bytes,
+}
+
+impl CertifiedBlocks {
+    /// The digest of a block.
+    #[must_use]
+    pub fn get(&self, block: u64) -> Option<Digest> {
+        let at = usize::try_from(block.checked_sub(self.first)?).ok()?;
+        self.digests.chunks_exact(digests::DIGEST_BYTES).nth(at)?.try_into().ok()
+    }
 }
 
 impl Known {
@@ -50,6 +73,12 @@ impl Known {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.digests.is_empty()
+    }
+
+    /// Digests of the certificate's blocks, made of the very bytes that were compared.
+    #[must_use]
+    pub fn certified(&self) -> CertifiedBlocks {
+        self.certified.clone()
     }
 
     /// Digests for a range that begins at `offset`: of the first whole block from there on.
@@ -70,22 +99,28 @@ impl Reuse {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| Failure::io("open the copy to reuse", path, &e.into()))?;
-        Ok(Self { root })
+        Ok(Self { older: Some(root) })
     }
 
-    /// Copies what the older copy has of a part to the staged `file`, and hashes it there.
-    #[must_use]
-    pub fn stage(&self, part: &Part, file: &File) -> Known {
-        match self.try_stage(part, file) {
-            Ok(known) => known,
-            Err(error) => {
-                tracing::debug!(path = %part.path, %error, "an older file is not reused");
-                Known::default()
-            }
+    /// Hashes what is staged of a part; where nothing is, copies what the older copy has of it to
+    /// the staged `file`, which has its full size, and hashes it there.
+    pub fn stage(&self, part: &Part, file: &File) -> io::Result<Known> {
+        self.stage_by(part, file, copy)
+    }
+
+    fn stage_by(&self, part: &Part, file: &File, copy: CopyRange) -> io::Result<Known> {
+        if has_data(file, part)? {
+            return hash_staged(part, file);
         }
+        self.try_stage(part, file, copy).or_else(|error| {
+            tracing::debug!(path = %part.path, %error, "an older file is not reused");
+            // Some of it may have been copied: what no digest covers must not stay.
+            punch_hole(file, part.offset, part.length)?;
+            Ok(Known::default())
+        })
     }
 
-    fn try_stage(&self, part: &Part, file: &File) -> io::Result<Known> {
+    fn try_stage(&self, part: &Part, file: &File, copy: CopyRange) -> io::Result<Known> {
         let Some(older) = self.open_file(&part.path)? else {
             return Ok(Known::default());
         };
@@ -101,14 +136,17 @@ impl Reuse {
             return Ok(Known::default());
         }
         copy(&older, file, first, end)?;
-        Ok(Known { first, digests: digests(file, first, end)? })
+        hash(file, first, end, part.size)
     }
 
     /// A regular file of the older copy, through no link.
     fn open_file(&self, path: &RelativePath) -> io::Result<Option<File>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        match rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), beneath) {
+        let Some(root) = &self.older else {
+            return Ok(None);
+        };
+        match rustix::fs::openat2(root, path.as_path(), flags, Mode::empty(), beneath) {
             Ok(fd) => {
                 let file = File::from(fd);
                 Ok(Some(file).filter(|file| file.metadata().is_ok_and(|m| m.is_file())))
@@ -117,6 +155,53 @@ impl Reuse {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// Copies a range of the first file to the same place of the second.
+type CopyRange = fn(&File, &File, u64, u64) -> io::Result<()>;
+
+/// Makes a range read as zero; where the file system cannot leave it out, zeros are written.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, offset, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let zeros = vec![0; 64 << 10];
+            let mut done = 0;
+            while done < length {
+                let part = usize::try_from(length - done).unwrap_or(zeros.len()).min(zeros.len());
+                file.write_all_at(&zeros[..part], offset + done)?;
+                done += part as u64;
+            }
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether a part of a staged file is not all hole.
+fn has_data(file: &File, part: &Part) -> io::Result<bool> {
+    match rustix::fs::seek(file, SeekFrom::Data(part.offset)) {
+        Ok(data) => Ok(data < part.offset + part.length),
+        Err(Errno::NXIO) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Hashes all of a part where it is.
+fn hash_staged(part: &Part, file: &File) -> io::Result<Known> {
+    let end = part.offset + part.length;
+    if !part.offset.is_multiple_of(BLOCK_BYTES)
+        || !(end == part.size || end.is_multiple_of(BLOCK_BYTES))
+    {
+        // What no digest covers must not stay: the part is written as one that reads as zero.
+        punch_hole(file, part.offset, part.length)?;
+        return Ok(Known::default());
+    }
+    hash(file, part.offset, end, part.size)
 }
 
 /// Copies a range without its holes: by the file system where it can, which shares blocks then.
@@ -171,21 +256,36 @@ fn read_and_write(from: &File, to: &File, start: u64, end: u64) -> io::Result<()
     Ok(())
 }
 
-fn digests(file: &File, start: u64, end: u64) -> io::Result<Bytes> {
-    let blocks = usize::try_from((end - start).div_ceil(BLOCK_BYTES)).unwrap_or(0);
+/// Hashes what is staged of a range: each piece is read once.
+fn hash(file: &File, first: u64, end: u64, file_size: u64) -> io::Result<Known> {
+    let blocks = usize::try_from((end - first).div_ceil(BLOCK_BYTES)).unwrap_or(0);
     let mut digests = BytesMut::with_capacity(blocks * DIGEST_BYTES);
+    let mut certified = BytesMut::new();
     let mut buffer = vec![0; PIECE_BYTES];
-    let mut at = start;
+    let mut at = first;
     while at < end {
         let wanted = usize::try_from(end - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
-        file.read_exact_at(&mut buffer[..wanted], at)?;
-        for block in buffer[..wanted].chunks(usize::try_from(BLOCK_BYTES).unwrap_or(PIECE_BYTES)) {
+        let piece = &mut buffer[..wanted];
+        file.read_exact_at(piece, at)?;
+        for block in piece.chunks(usize::try_from(BLOCK_BYTES).unwrap_or(PIECE_BYTES)) {
             digests.put_slice(&blake3::hash(block).as_bytes()[..DIGEST_BYTES]);
+        }
+        // Only the last piece can be no whole block of the certificate.
+        if wanted == PIECE_BYTES || end == file_size {
+            certified.put_slice(blake3::hash(piece).as_bytes());
         }
         at += wanted as u64;
     }
-    Ok(digests.freeze())
+    // Pieces are blocks of the certificate where they begin with one.
+    if !first.is_multiple_of(digests::BLOCK_BYTES) {
+        certified.clear();
+    }
+    let certified =
+        CertifiedBlocks { first: first / digests::BLOCK_BYTES, digests: certified.freeze() };
+    Ok(Known { first, digests: digests.freeze(), certified })
 }
+
+const _: () = assert!(PIECE_BYTES as u64 == digests::BLOCK_BYTES);
 
 #[cfg(test)]
 mod tests {
@@ -205,7 +305,7 @@ mod tests {
         std::fs::write(home.path().join("d/f"), older).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(part.size).unwrap();
-        let known = Reuse::open(home.path()).unwrap().stage(part, &file);
+        let known = Reuse::open(home.path()).unwrap().stage(part, &file).unwrap();
         let mut content = vec![0; usize::try_from(part.size).unwrap()];
         file.read_exact_at(&mut content, 0).unwrap();
         (known, content)
@@ -253,7 +353,64 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/", home.path().join("d")).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let known = Reuse::open(home.path()).unwrap().stage(&part(9, 0, 9), &file);
+        let known = Reuse::open(home.path()).unwrap().stage(&part(9, 0, 9), &file).unwrap();
         assert_eq!(known.from(0), Bytes::new());
+    }
+
+    /// Guards what is staged already: it is hashed where it is, and no older copy is put over it.
+    #[test]
+    fn what_is_staged_is_hashed_where_it_is() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::create_dir(home.path().join("d")).unwrap();
+        let block = usize::try_from(BLOCK_BYTES).unwrap();
+        std::fs::write(home.path().join("d/f"), vec![1; 3 * block]).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let size = 3 * BLOCK_BYTES;
+        file.set_len(size).unwrap();
+        file.write_all_at(&vec![2; block], BLOCK_BYTES).unwrap();
+        let known = Reuse::open(home.path()).unwrap().stage(&part(size, 0, size), &file).unwrap();
+        let (zero, two) = (digest(&vec![0; block]), digest(&vec![2; block]));
+        assert_eq!(known.from(0), [zero.clone(), two, zero].concat());
+        let nothing = Reuse::default().stage(&part(size, 2 * BLOCK_BYTES, 0), &file).unwrap();
+        assert!(nothing.is_empty());
+    }
+
+    /// Guards an older file that fails half-way, on a bad disk: what was copied of it by then does
+    /// not stay where the donor has a hole, which is not written.
+    #[test]
+    fn an_older_file_that_cannot_be_read_to_its_end_leaves_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::create_dir(home.path().join("d")).unwrap();
+        let size = 4 * BLOCK_BYTES;
+        std::fs::write(home.path().join("d/f"), vec![7; usize::try_from(size).unwrap()]).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * size).unwrap();
+        let (before, after) = (BLOCK_BYTES, 2 * size - 1);
+        file.write_all_at(&[9], after).unwrap();
+        let part = part(2 * size, before, size - before);
+        let fails = |from: &File, to: &File, start: u64, end: u64| {
+            copy(from, to, start, end - BLOCK_BYTES)?;
+            Err(Errno::IO.into())
+        };
+        let known = Reuse::open(home.path()).unwrap().stage_by(&part, &file, fails).unwrap();
+        assert!(known.is_empty());
+        let mut content = vec![1; usize::try_from(2 * size).unwrap()];
+        file.read_exact_at(&mut content, 0).unwrap();
+        let last = content.pop();
+        assert!(content.iter().all(|&byte| byte == 0), "old bytes have stayed");
+        assert_eq!(last, Some(9), "what is outside of the part was touched");
+    }
+
+    /// Guards bytes that no digest covers: they do not stay.
+    #[test]
+    fn a_part_between_blocks_is_cleared() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100_000).unwrap();
+        file.write_all_at(&[7; 5000], 1000).unwrap();
+        let known = Reuse::default().stage(&part(100_000, 1000, 5000), &file).unwrap();
+        assert!(known.is_empty());
+        let mut left = [1; 5000];
+        file.read_exact_at(&mut left, 1000).unwrap();
+        assert_eq!(left, [0; 5000]);
     }
 }

@@ -7,48 +7,59 @@ use marcot_common::{
     config::{Loaded, parse_duration},
     connect::ClientTls,
     connection::Privilege,
+    donor_list::{DonorEntry, DonorList, DonorMatch},
     login::server::NoKeys,
     server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
-    tls::Fingerprint,
+    tls::{self, Fingerprint},
 };
 use marcot_engine::EngineOptions;
 use marcot_proto::recipient::v1::recipient_service_server::RecipientServiceServer;
 
 use crate::{
     api::Api,
+    certificate::signature::Signer,
     install_options::InstallOptions,
     job::registry::Clones,
     metrics::RecipientMetrics,
-    retry::DONOR_TIMEOUT_MAX,
+    retry::{DONOR_TIMEOUT_MAX, STALL_TIMEOUT_MIN},
     settings::{self, CONCURRENCY_MAX},
 };
 
 /// Largest request: a statement of 64 KiB and its options.
 const REQUEST_BYTES_MAX: usize = 1 << 20;
 
-/// The recipient's name, service and access rules. What starts or ends a clone needs a privilege
-/// that depends on the clone; its handler asks for it.
+/// Which one depends on the clone: the handler asks for it.
+const BY_CLONE: Rule = Rule::NeedsAny(&[Privilege::BackupAdmin, Privilege::CloneAdmin]);
+
+const MONITOR: Rule = Rule::Needs(Privilege::Monitor);
+
+const CLONE_ADMIN: Rule = Rule::Needs(Privilege::CloneAdmin);
+
+/// The recipient's name, service and access rules. Each method has its own: one that is not here is
+/// refused.
 pub const ROLE: Role = Role {
     name: "recipient",
     service: "marcot.recipient.v1.RecipientService",
     rules: &[
-        ("/marcot.recipient.v1.RecipientService/GetClone", Rule::Needs(Privilege::Monitor)),
-        ("/marcot.recipient.v1.RecipientService/ListClones", Rule::Needs(Privilege::Monitor)),
-        ("/marcot.recipient.v1.RecipientService/WatchClone", Rule::Needs(Privilege::Monitor)),
-        ("/marcot.recipient.v1.RecipientService/CancelClone", Rule::Needs(Privilege::BackupAdmin)),
-        ("/marcot.recipient.v1.RecipientService/PauseClone", Rule::Needs(Privilege::BackupAdmin)),
-        ("/marcot.recipient.v1.RecipientService/ResumeClone", Rule::Needs(Privilege::BackupAdmin)),
-        ("/marcot.recipient.v1.RecipientService/InstallClone", Rule::Needs(Privilege::CloneAdmin)),
-        ("/marcot.recipient.v1.RecipientService/AcceptClone", Rule::Needs(Privilege::CloneAdmin)),
-        ("/marcot.recipient.v1.RecipientService/RollbackClone", Rule::Needs(Privilege::CloneAdmin)),
-        ("/marcot.recipient.v1.RecipientService/ListLeftovers", Rule::Needs(Privilege::Monitor)),
-        (
-            "/marcot.recipient.v1.RecipientService/DeleteLeftover",
-            Rule::Needs(Privilege::CloneAdmin),
-        ),
-        ("/marcot.recipient.v1.RecipientService/", Rule::LoggedIn),
+        ("/marcot.recipient.v1.RecipientService/CloneInstance", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/CloneLocal", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/CloneStatement", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/ValidateClone", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/GetClone", MONITOR),
+        ("/marcot.recipient.v1.RecipientService/ListClones", MONITOR),
+        ("/marcot.recipient.v1.RecipientService/WatchClone", MONITOR),
+        ("/marcot.recipient.v1.RecipientService/CancelClone", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/PauseClone", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/ResumeClone", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/UpdateCloneLimits", BY_CLONE),
+        ("/marcot.recipient.v1.RecipientService/InstallClone", CLONE_ADMIN),
+        ("/marcot.recipient.v1.RecipientService/AcceptClone", CLONE_ADMIN),
+        ("/marcot.recipient.v1.RecipientService/RollbackClone", CLONE_ADMIN),
+        ("/marcot.recipient.v1.RecipientService/ListLeftovers", MONITOR),
+        ("/marcot.recipient.v1.RecipientService/DeleteLeftover", CLONE_ADMIN),
+        ("/marcot.recipient.v1.RecipientService/VerifyClone", MONITOR),
     ],
 };
 
@@ -75,9 +86,21 @@ pub struct Settings {
     /// How CLONE LOCAL reads the data directory.
     #[command(flatten)]
     pub engine: EngineOptions,
+    /// Donors that may be cloned from (clone_valid_donor_list), HOST:PORT: the host is a name, of
+    /// which a label may be *, an address, or a network as 10.0.0.0/8 or [fd00::/8]; the port may be
+    /// * or a range. Without it there is no donor. May be repeated.
+    #[arg(long, value_name = "HOST:PORT", env = "MARCOT_DONOR_LIST", value_delimiter = ',')]
+    pub donor_list: Vec<DonorEntry>,
+    /// How a statement's host is compared with the list: `exact` as the plugin does, host and port
+    /// as they are written, and nothing else.
+    #[arg(long, value_enum, default_value = "address", env = "MARCOT_DONOR_MATCH")]
+    pub donor_match: DonorMatch,
     /// CA of donors' certificates (clone_ssl_ca) [default: the system's roots].
     #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CA")]
     pub ssl_ca: Option<PathBuf>,
+    /// Donors' certificates that were revoked: CRLs of their CAs, in PEM form.
+    #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CRL", requires = "ssl_ca")]
+    pub ssl_crl: Option<PathBuf>,
     /// Certificate that donors are shown (clone_ssl_cert).
     #[arg(long, value_name = "FILE", env = "MARCOT_SSL_CERT", requires = "ssl_key")]
     pub ssl_cert: Option<PathBuf>,
@@ -87,6 +110,9 @@ pub struct Settings {
     /// SHA-256 fingerprint of the one donor certificate that is believed.
     #[arg(long, value_name = "SHA256", env = "MARCOT_SSL_FINGERPRINT")]
     pub ssl_fingerprint: Option<String>,
+    /// Ed25519 private key, PKCS#8 in PEM, that signs the certificates of clones.
+    #[arg(long, value_name = "FILE", env = "MARCOT_CERTIFICATE_KEY")]
+    pub certificate_key: Option<PathBuf>,
     /// Streams of a clone (clone_max_concurrency), 1 to 128 [default: one for each core, at most 8].
     #[arg(long, env = "MARCOT_MAX_CONCURRENCY",
           value_parser = clap::value_parser!(u16).range(1..=CONCURRENCY_MAX as i64))]
@@ -99,6 +125,11 @@ pub struct Settings {
     #[arg(long, value_name = "DURATION", default_value = "5min", env = "MARCOT_DONOR_TIMEOUT",
           value_parser = donor_timeout)]
     pub donor_timeout: Duration,
+    /// How long a call to a donor may stand still, without a byte or without another entry looked at,
+    /// before it is made anew, 1 s to 30 min.
+    #[arg(long, value_name = "DURATION", default_value = "2min", env = "MARCOT_STALL_TIMEOUT",
+          value_parser = stall_timeout)]
+    pub stall_timeout: Duration,
     /// How a clone replaces the server's own data.
     #[command(flatten)]
     pub install: InstallOptions,
@@ -121,10 +152,18 @@ fn donor_timeout(text: &str) -> Result<Duration, String> {
     Ok(timeout)
 }
 
+fn stall_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = parse_duration(text).map_err(|e| e.to_string())?;
+    if !(STALL_TIMEOUT_MIN..=DONOR_TIMEOUT_MAX).contains(&timeout) {
+        return Err(format!("{timeout:?} is not {STALL_TIMEOUT_MIN:?} to {DONOR_TIMEOUT_MAX:?}"));
+    }
+    Ok(timeout)
+}
+
 /// Runs a recipient until it is told to end.
 pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let Loaded { args: settings, effective } = loaded;
-    let mut prepared = settings.server.prepare(settings.listen);
+    let mut prepared = settings.server.prepare(settings.listen, None);
     let checked = check(&settings);
     if let (Err(problems), Err(more)) = (&mut prepared, &checked) {
         problems.extend(more.iter().cloned());
@@ -142,10 +181,13 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         .await
         .map(Arc::new)
         .map_err(|e| Problem::Running(e.message))?;
-    let goes_on = clones.go_on();
-    let supervised = control.begin(&shutdown, goes_on).await?;
+    let start = clones.go_on();
+    let supervised = control.begin(&shutdown, start).await?;
     let metrics = Arc::new(Metrics::new(ROLE.name));
     RecipientMetrics::register(&metrics, &clones);
+    if let Some((certificate, _)) = clones.settings().donor_tls.certificate.clone() {
+        metrics.add_certificate("ssl-cert", move || tls::expiry_of(&certificate));
+    }
     let service = RecipientServiceServer::new(Api::new(Arc::clone(&clones)))
         .max_decoding_message_size(REQUEST_BYTES_MAX);
     let daemon = Daemon { role: ROLE, options: settings.server, prepared, metrics, shutdown };
@@ -154,6 +196,8 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         routes.add_service(service);
     };
     let served = daemon.serve(settings.listen, Arc::new(NoKeys), add, drain).await;
+    // Before the server ends: an install must not take that for the clone's fault.
+    clones.leave().await;
     let ended = match supervised {
         Some(supervised) => supervised.end().await,
         None => Ok(()),
@@ -171,12 +215,18 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         problems.push(format!("--ssl-fingerprint: {e}"));
         None
     });
+    let donors = DonorList::new(settings.donor_list.clone(), settings.donor_match);
+    let donors = donors.unwrap_or_else(|e| {
+        problems.push(format!("--donor-list: {e}"));
+        DonorList::default()
+    });
     let donor_tls = ClientTls {
         ca: settings.ssl_ca.clone(),
+        crl: settings.ssl_crl.clone(),
         certificate: settings.ssl_cert.clone().zip(settings.ssl_key.clone()),
         fingerprint,
     };
-    if let Err(e) = donor_tls.load() {
+    if let Err(e) = donor_tls.load_with(settings.server.tls_min_version) {
         problems.push(e.to_string());
     }
     for directory in &settings.allow_directory {
@@ -197,6 +247,11 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         None
     });
     problems.extend(settings.install.problems(settings));
+    let certificate_signer = settings.certificate_key.as_deref().map(Signer::open).transpose();
+    let certificate_signer = certificate_signer.unwrap_or_else(|failure| {
+        problems.push(failure.message);
+        None
+    });
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -204,12 +259,16 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         install: settings.install.settings(settings),
         data_directory: settings.data_directory.clone(),
         allow_directories: settings.allow_directory.clone(),
+        donors: Arc::new(donors),
         donor_tls,
+        donor_tls_versions: settings.server.tls_min_version,
         engine,
         concurrency: settings
             .max_concurrency
             .map_or_else(settings::default_concurrency, usize::from),
         entries_max: settings.entries_max,
         donor_timeout: settings.donor_timeout,
+        stall_timeout: settings.stall_timeout,
+        certificate_signer,
     })
 }

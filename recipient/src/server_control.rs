@@ -14,6 +14,8 @@ pub enum FirstStart {
     Yes,
     /// On a clone that has answered and is not accepted: replication and events stay off (R13).
     Opened,
+    /// As `Opened`, once it has been made a replica by the caller's wish: events stay off.
+    Replica,
     /// On its own, known data.
     No,
 }
@@ -25,6 +27,7 @@ impl FirstStart {
         match self {
             Self::Yes => "first",
             Self::Opened => "opened",
+            Self::Replica => "replica",
             Self::No => "own",
         }
     }
@@ -56,6 +59,8 @@ pub trait ServerControl: Send + Sync + std::fmt::Debug {
     async fn wait_healthy(&self, limit: Duration) -> Result<Health, Failure>;
     /// Opens a server that was started for the first time to everybody.
     async fn open(&self) -> Result<(), Failure>;
+    /// How a server that ends by itself is started again from now on.
+    async fn set_mode(&self, _: FirstStart) {}
     /// Whether it can do all that.
     fn manages(&self) -> bool;
     /// How it is done, for logs and status.

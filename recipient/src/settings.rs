@@ -2,10 +2,10 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use marcot_common::connect::ClientTls;
+use marcot_common::{connect::ClientTls, donor_list::DonorList, tls::Versions};
 use marcot_engine::EngineConfig;
 
-use crate::install::place::Form;
+use crate::{certificate::signature::Signer, install::place::Form};
 
 /// Streams unless asked otherwise: one for each core, at most this many (the plugin's default of
 /// 16 is for hosts with as many cores).
@@ -21,8 +21,12 @@ pub struct Settings {
     pub data_directory: Option<PathBuf>,
     /// Roots below which a new data directory may lie.
     pub allow_directories: Vec<PathBuf>,
+    /// Donors that may be cloned from (clone_valid_donor_list).
+    pub donors: Arc<DonorList>,
     /// TLS towards donors (clone_ssl_ca, clone_ssl_cert, clone_ssl_key).
     pub donor_tls: ClientTls,
+    /// Versions of TLS that are spoken with them.
+    pub donor_tls_versions: Versions,
     /// Engine for CLONE LOCAL; `None` without a data directory.
     pub engine: Option<EngineConfig>,
     /// Streams of a clone that asks for no number.
@@ -32,8 +36,12 @@ pub struct Settings {
     /// How long a donor that is gone is waited for, and how long it keeps the snapshot meanwhile
     /// (clone_donor_timeout_after_network_failure); zero: not at all.
     pub donor_timeout: Duration,
+    /// How long a call to a donor may stand still before it is made anew.
+    pub stall_timeout: Duration,
     /// How a clone replaces the server's own data.
     pub install: InstallSettings,
+    /// Who vouches for certificates.
+    pub certificate_signer: Option<Signer>,
 }
 
 /// How a clone replaces the server's own data.
@@ -44,6 +52,8 @@ pub struct InstallSettings {
     /// How long the old data are kept once the server runs on the new ones; `None`: until the clone
     /// is accepted.
     pub keep_old_data: Option<Duration>,
+    /// How long the staged copy of a clone that failed is kept for `marcot resume`.
+    pub keep_staging: Duration,
     /// Longest recovery of a server on a clone.
     pub recovery_timeout: Duration,
     /// Whether this recipient stops and starts the server.

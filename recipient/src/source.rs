@@ -7,6 +7,7 @@ use marcot_engine::{Advanced, Engine, Snapshot, SnapshotOptions};
 use marcot_proto::donor::v1::Outcome;
 
 use crate::{
+    copy_journal::record::SnapshotOpened,
     fetch::{StreamWork, local},
     list::{FileList, ListReceiver},
     plan::Cut,
@@ -17,6 +18,9 @@ use crate::{
 pub trait Source: std::fmt::Debug + Send + Sync {
     /// Where the snapshot began, what it is estimated to hold, and what it leaves out.
     fn opened(&self) -> Opened;
+
+    /// What it takes to go on with the snapshot from another process; `None` when nothing does.
+    fn record(&self) -> Option<SnapshotOpened>;
 
     /// How large files are cut for this source.
     fn cut(&self) -> Cut;
@@ -56,7 +60,12 @@ pub struct LocalSource {
 
 impl LocalSource {
     /// Opens a snapshot.
-    pub async fn open(engine: Arc<dyn Engine>, options: SnapshotOptions) -> Result<Self, Failure> {
+    pub async fn open(
+        engine: Arc<dyn Engine>,
+        mut options: SnapshotOptions,
+    ) -> Result<Self, Failure> {
+        // A clone that is cancelled drops this future.
+        let _waits = options.begin_to_wait();
         let open = move || engine.open(&options);
         let snapshot = blocking(open).await?;
         Ok(Self { snapshot: Arc::from(snapshot) })
@@ -72,6 +81,11 @@ impl Source for LocalSource {
             estimate: self.snapshot.totals(position).unwrap_or_default(),
             left_out: self.snapshot.left_out(),
         }
+    }
+
+    /// The snapshot ends with this process.
+    fn record(&self) -> Option<SnapshotOpened> {
+        None
     }
 
     fn cut(&self) -> Cut {

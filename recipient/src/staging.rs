@@ -5,7 +5,7 @@
 //!   nothing that a donor lists is ever written elsewhere.
 //! * Final modes are set last and from the leaves up: a directory that forbids writing is filled
 //!   before it forbids it.
-//! * Setuid, setgid and security attributes are never set.
+//! * Setuid and setgid are never set, nor a security attribute but the label of what is replaced.
 //!
 //! Layout, in the directory that the target will stand in:
 //!     .marcot-{clone id}/        mode 0700
@@ -28,11 +28,14 @@ use marcot_common::{
     path::RelativePath,
 };
 use rustix::{
-    fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags},
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps, Uid,
+        XattrFlags,
+    },
     io::Errno,
 };
 
-use crate::list::TreeChange;
+use crate::{label::Label, list::TreeChange};
 
 /// Prefix of a staging directory's name. Engines leave such directories out.
 pub const STAGING_PREFIX: &str = ".marcot-";
@@ -60,12 +63,44 @@ impl Owners {
     }
 }
 
+/// The tree of a snapshot that was lost.
+#[derive(Debug)]
+pub struct OlderTree(OwnedFd);
+
+impl OlderTree {
+    /// Opens the tree in a staging directory; `None` when there is none.
+    pub fn open(directory: &Path) -> Result<Option<Self>, Failure> {
+        let tree = directory.join("tree");
+        // Its directories may forbid what must be done in them.
+        if let Err(e) = open_up(directory)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            return Err(Failure::io("open the older staging directory", directory, &e));
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match rustix::fs::open(&tree, flags, Mode::empty()) {
+            Ok(root) => Ok(Some(Self(root))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(Failure::io("open the older staging directory", &tree, &e.into())),
+        }
+    }
+
+    fn open_parent(&self, path: &RelativePath) -> rustix::io::Result<OwnedFd> {
+        let Some(parent) = path.parent() else {
+            return rustix::io::fcntl_dupfd_cloexec(&self.0, 0);
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        rustix::fs::openat2(&self.0, parent.as_path(), flags, Mode::empty(), BENEATH)
+    }
+}
+
 /// A staging directory.
 #[derive(Debug)]
 pub struct Staging {
     directory: PathBuf,
     root: OwnedFd,
     owners: Owners,
+    label: Option<Label>,
 }
 
 impl Staging {
@@ -81,7 +116,22 @@ impl Staging {
             Ok(rustix::fs::open(directory.join("tree"), flags, Mode::empty())?)
         };
         let root = make().map_err(failed)?;
-        Ok(Self { directory, root, owners })
+        Ok(Self { directory, root, owners, label: None })
+    }
+
+    /// Gives all that is staged from now on the label of `model`.
+    #[must_use]
+    pub fn labelled_as(self, model: &Path) -> Self {
+        Self { label: Label::of(model), ..self }
+    }
+
+    /// Opens a staging directory that an earlier run of this service has left.
+    pub fn open(parent: &Path, clone_id: &str, owners: Owners) -> Result<Self, Failure> {
+        let directory = parent.join(format!("{STAGING_PREFIX}{clone_id}"));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let root = rustix::fs::open(directory.join("tree"), flags, Mode::empty())
+            .map_err(|e| Failure::io("open staging directory", &directory, &e.into()))?;
+        Ok(Self { directory, root, owners, label: None })
     }
 
     /// The staging directory itself.
@@ -128,7 +178,12 @@ impl Staging {
     fn make_symlink(&self, entry: &Entry, target: &[u8]) -> io::Result<()> {
         let parent = self.open_parent(&entry.path)?;
         let name = entry.path.name();
-        rustix::fs::symlinkat(target, &parent, name)?;
+        match rustix::fs::symlinkat(target, &parent, name) {
+            // Made before the recipient was killed.
+            Err(Errno::EXIST)
+                if rustix::fs::readlinkat(&parent, name, Vec::new())?.as_bytes() == target => {}
+            other => other?,
+        }
         let (uid, gid) = self.owners.of(&entry.attributes);
         change_owner_at(&parent, name, uid, gid)?;
         let times = timestamps(&entry.attributes);
@@ -156,14 +211,29 @@ impl Staging {
         let open = || -> io::Result<File> {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let mode = Mode::RUSR | Mode::WUSR;
-            let fd = rustix::fs::openat2(&self.root, path.as_path(), flags, mode, BENEATH)?;
-            let file = File::from(fd);
+            let open = || rustix::fs::openat2(&self.root, path.as_path(), flags, mode, BENEATH);
+            let file = match open() {
+                // It has its final mode from before the recipient was killed.
+                Err(Errno::ACCESS) => {
+                    self.make_writable(path)?;
+                    open()?
+                }
+                other => other?,
+            };
+            let file = File::from(file);
             if file.metadata()?.len() != size {
                 file.set_len(size)?;
             }
             Ok(file)
         };
         open().map_err(|e| self.failed("create", path, e))
+    }
+
+    fn make_writable(&self, path: &RelativePath) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let fd = rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), BENEATH)?;
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        Ok(rustix::fs::chmod(link.as_str(), Mode::RUSR | Mode::WUSR)?)
     }
 
     /// Gives an open staged file its owner, mode, attributes and times.
@@ -189,6 +259,9 @@ impl Staging {
         if (now.uid(), now.gid()) != (uid, gid) {
             rustix::fs::fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
         }
+        if let Some(label) = &self.label {
+            label.give(file)?;
+        }
         for (name, value) in &attributes.extended {
             rustix::fs::fsetxattr(file, &name[..], value, XattrFlags::empty())?;
         }
@@ -206,11 +279,77 @@ impl Staging {
             .map_err(|e| Failure::io("set attributes of", &tree, &e))
     }
 
+    /// Takes a regular file out of an older staged tree, unless one is here already.
+    ///
+    /// One with several names is left there: here they may be files of their own.
+    pub fn take(&self, older: &OlderTree, path: &RelativePath) -> Result<(), Failure> {
+        let take = || -> io::Result<()> {
+            let from = match older.open_parent(path) {
+                Ok(from) => from,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            };
+            let name = path.name();
+            match rustix::fs::statat(&from, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat)
+                    if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+                        && stat.st_nlink == 1 => {}
+                Ok(_) | Err(Errno::NOENT) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
+            if has_own_attributes(&from, name)? {
+                return Ok(());
+            }
+            let to = self.open_parent(path)?;
+            let flags = RenameFlags::NOREPLACE;
+            match rustix::fs::renameat_with(&from, name, &to, name, flags) {
+                Ok(()) | Err(Errno::EXIST) => Ok(()),
+                // Where a file system has no such rename, the file comes from the donor.
+                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),
+                Err(e) => Err(e.into()),
+            }
+        };
+        take().map_err(|e| self.failed("take from the older staging", path, e))
+    }
+
+    /// Opens a staged regular file for reading.
+    pub fn read_file(&self, path: &RelativePath) -> Result<File, Failure> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), BENEATH)
+            .map(File::from)
+            .map_err(|e| self.failed("open", path, e.into()))
+    }
+
+    /// Gives a file of this service's own to whom the tree belongs, where that is one user.
+    pub fn give(&self, file: &File) -> io::Result<()> {
+        let Owners::Fixed { uid, gid } = self.owners else {
+            return Ok(());
+        };
+        let now = file.metadata()?;
+        if (now.uid(), now.gid()) != (uid, gid) {
+            rustix::fs::fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+        Ok(())
+    }
+
     /// Looks at what is staged at a path, through no link.
     pub fn look(&self, path: &RelativePath) -> Result<rustix::fs::Stat, Failure> {
         let look = || -> io::Result<rustix::fs::Stat> {
             let parent = self.open_parent(path)?;
             Ok(rustix::fs::statat(&parent, path.name(), AtFlags::SYMLINK_NOFOLLOW)?)
+        };
+        look().map_err(|e| self.failed("look at", path, e))
+    }
+
+    /// Size of a staged file; 0 when there is none.
+    pub fn size_of(&self, path: &RelativePath) -> Result<u64, Failure> {
+        let look = || -> io::Result<u64> {
+            let parent = self.open_parent(path)?;
+            match rustix::fs::statat(&parent, path.name(), AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => Ok(u64::try_from(stat.st_size).unwrap_or(0)),
+                Err(Errno::NOENT) => Ok(0),
+                Err(e) => Err(e.into()),
+            }
         };
         look().map_err(|e| self.failed("look at", path, e))
     }
@@ -262,7 +401,8 @@ impl Staging {
         Ok(rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), BENEATH)?)
     }
 
-    fn failed(&self, action: &str, path: &RelativePath, error: io::Error) -> Failure {
+    /// What is said of a path that something could not be done with.
+    pub fn failed(&self, action: &str, path: &RelativePath, error: io::Error) -> Failure {
         let shown = self.tree().join(path.as_bytes().escape_ascii().to_string());
         match error.raw_os_error() {
             // A path through a link, or through a file, is what a hostile list would hold.
@@ -356,6 +496,44 @@ fn open_up(directory: &Path) -> io::Result<()> {
             if entry.file_type()?.is_dir() {
                 left.push(entry.path());
             }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file has extended attributes or an ACL: here it may have none.
+fn has_own_attributes(directory: &OwnedFd, name: &[u8]) -> io::Result<bool> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        Ok(file) => file,
+        // It has its final mode, which forbids reading: it is not worth more.
+        Err(Errno::ACCESS) => return Ok(true),
+        Err(e) => return Err(e.into()),
+    };
+    // Longer than any list of names (XATTR_LIST_MAX).
+    let mut names = vec![0; 64 << 10];
+    let length = match rustix::fs::flistxattr(&file, &mut names[..]) {
+        Ok(length) => length,
+        Err(Errno::OPNOTSUPP) => 0,
+        Err(e) => return Err(e.into()),
+    };
+    Ok(names[..length]
+        .split(|&b| b == 0)
+        .any(|name| name.starts_with(b"user.") || name.starts_with(b"system.posix_acl")))
+}
+
+/// Puts what one staged tree has taken from an older one back there; neither is used meanwhile.
+pub fn put_back_all(staged: &Path, older: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(staged)? {
+        let entry = entry?;
+        let to = older.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            if to.symlink_metadata().is_ok_and(|there| there.is_dir()) {
+                put_back_all(&entry.path(), &to)?;
+            }
+        } else if kind.is_file() && to.symlink_metadata().is_err() {
+            rustix::fs::rename(entry.path(), to)?;
         }
     }
     Ok(())

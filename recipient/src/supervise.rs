@@ -17,12 +17,15 @@ pub mod reaper;
 use std::{
     ffi::OsString,
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicI32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use marcot_common::failure::Failure;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process_group};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::output::Output;
@@ -40,14 +43,11 @@ const FIRST_ARGUMENTS: [&str; 3] =
 /// Arguments of a start on a clone that has answered and is not accepted (R13).
 const OPENED_ARGUMENTS: [&str; 2] = ["--skip-slave-start", "--event-scheduler=OFF"];
 
+/// Arguments of a start on such a clone once it is a replica (R13).
+const REPLICA_ARGUMENTS: [&str; 1] = ["--event-scheduler=OFF"];
+
 /// Requests that may wait for the task that owns the child: one caller at a time sends any.
 const REQUESTS_MAX: usize = 8;
-
-/// After the child has ended, how long another process of its server may hold its locks.
-const LOCKS_MAX: Duration = Duration::from_secs(10);
-
-/// Before a start, how long a server that somebody else has started may take to end.
-const ORPHAN_MAX: Duration = Duration::from_secs(60);
 
 /// Between two looks at them.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
@@ -74,6 +74,8 @@ pub struct Options {
     pub restart: Restart,
     /// Starts in a row, without a time of quiet, after which it is given up; `None`: never.
     pub restart_limit: Option<u32>,
+    /// Before a start, how long a server that somebody else has started may take to end.
+    pub server_wait: Duration,
     /// Longest clean stop for an install.
     pub stop_timeout: Duration,
     /// The server's error log, when it does not write to standard error.
@@ -100,7 +102,10 @@ pub enum Status {
 enum Request {
     Start(FirstStart, oneshot::Sender<Result<(), Failure>>),
     Stop(oneshot::Sender<()>),
+    /// As `Stop`, and nothing is started any more.
+    End(oneshot::Sender<()>),
     Signal(Signal),
+    SetMode(FirstStart),
 }
 
 /// A handle on the supervised server.
@@ -110,6 +115,8 @@ pub struct Supervisor {
     requests: mpsc::Sender<Request>,
     status: watch::Receiver<Status>,
     output: Arc<Output>,
+    /// The process group of the last child; 0 before the first.
+    group: Arc<AtomicI32>,
 }
 
 impl Supervisor {
@@ -121,9 +128,16 @@ impl Supervisor {
         let (requests, receiver) = mpsc::channel(REQUESTS_MAX);
         let (sender, status) = watch::channel(Status::Stopped(0));
         let policy = RestartPolicy::new(options.restart, options.restart_limit);
-        let actor = Actor::new(Arc::clone(&options), Arc::clone(&output), policy, sender);
+        let group = Arc::new(AtomicI32::new(0));
+        let actor = Actor::new(
+            Arc::clone(&options),
+            Arc::clone(&output),
+            policy,
+            sender,
+            Arc::clone(&group),
+        );
         tokio::spawn(actor.run(receiver));
-        Self { options, requests, status, output }
+        Self { options, requests, status, output, group }
     }
 
     /// How the child stands, and what tells of its changes.
@@ -137,15 +151,30 @@ impl Supervisor {
         drop(self.requests.send(Request::Signal(signal)).await);
     }
 
-    /// Ends the child: SIGTERM, and SIGKILL once `grace` is over. Returns its exit code.
+    /// Ends the server for good: SIGTERM, and SIGKILL once `grace` is over. Returns its exit code.
+    ///
+    /// A script may end before the server that it has started: that is waited for as well.
     pub async fn end(&self, grace: Duration) -> u8 {
-        if tokio::time::timeout(grace, self.stop_child()).await.is_err() {
+        let ended = async {
+            self.ask(Request::End).await;
+            while self.is_somebody_left() {
+                tokio::time::sleep(LOOK_PAUSE).await;
+            }
+        };
+        if tokio::time::timeout(grace, ended).await.is_err() {
             tracing::warn!(
                 grace_seconds = grace.as_secs(),
                 "the server has not ended, it is killed"
             );
             self.signal(Signal::KILL).await;
-            self.stop_child().await;
+            self.ask(Request::End).await;
+            // One that has left the group, and whose parent has ended.
+            if let Some(pid) = server_on(&self.options.data_directory).and_then(Pid::from_raw)
+                && children::is_child_of_this_process(pid)
+            {
+                // It may have ended by itself meanwhile.
+                kill_process(pid, Signal::KILL).ok();
+            }
         }
         match *self.status.borrow() {
             Status::Ended(code) | Status::Stopped(code) => code,
@@ -153,10 +182,21 @@ impl Supervisor {
         }
     }
 
-    /// Sends SIGTERM and waits for the end.
-    async fn stop_child(&self) {
+    /// Whether a process of the server is left: one of its group, or who holds its locks.
+    fn is_somebody_left(&self) -> bool {
+        self.group.load(Ordering::Relaxed) != 0 && self.group_lives()
+            || server_on(&self.options.data_directory).is_some()
+    }
+
+    fn group_lives(&self) -> bool {
+        let group = Pid::from_raw(self.group.load(Ordering::Relaxed));
+        group.is_some_and(|group| test_kill_process_group(group).is_ok())
+    }
+
+    /// Sends a request and waits until it is done.
+    async fn ask(&self, request: impl FnOnce(oneshot::Sender<()>) -> Request) {
         let (done, ended) = oneshot::channel();
-        if self.requests.send(Request::Stop(done)).await.is_ok() {
+        if self.requests.send(request(done)).await.is_ok() {
             // The task that owns the child ends with this process only.
             drop(ended.await);
         }
@@ -204,13 +244,13 @@ impl ServerControl for Supervisor {
                 format!("{what} {} s after it was asked to stop (--stop-timeout)", limit.as_secs()),
             )
         };
-        tokio::time::timeout(limit, self.stop_child())
+        let begun = Instant::now();
+        tokio::time::timeout(limit, self.ask(Request::Stop))
             .await
             .map_err(|_| too_long("the server still runs"))?;
         // A script in between may have ended before the server.
-        let begun = Instant::now();
         while let Some(pid) = server_on(&self.options.data_directory) {
-            if begun.elapsed() >= LOCKS_MAX.min(limit) {
+            if begun.elapsed() >= limit {
                 return Err(too_long(&format!("process {pid} still holds the server's locks")));
             }
             tokio::time::sleep(LOOK_PAUSE).await;
@@ -222,7 +262,7 @@ impl ServerControl for Supervisor {
         // One whose supervisor was killed is on its way down.
         let begun = Instant::now();
         while let Some(pid) = server_on(&self.options.data_directory) {
-            if begun.elapsed() >= ORPHAN_MAX {
+            if begun.elapsed() >= self.options.server_wait {
                 return Err(Failure::precondition(
                     "SERVER_RUNNING",
                     format!(
@@ -245,6 +285,10 @@ impl ServerControl for Supervisor {
         self.stop().await?;
         self.start(FirstStart::Opened).await?;
         self.wait_healthy(self.options.stop_timeout).await.map(drop)
+    }
+
+    async fn set_mode(&self, first: FirstStart) {
+        drop(self.requests.send(Request::SetMode(first)).await);
     }
 
     fn manages(&self) -> bool {

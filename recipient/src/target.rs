@@ -9,9 +9,9 @@ use marcot_common::failure::Failure;
 use tonic::Code;
 
 use crate::{
-    install::{generation, place::Form, replacement, step::Step},
+    install::{generation, identity, mounts, place::Form, recorded, replacement},
     preflight::Findings,
-    request::CloneRequest,
+    request::{CloneRequest, SourceRequest},
     settings::Settings,
 };
 
@@ -56,6 +56,9 @@ pub fn check(request: &CloneRequest, settings: &Settings, findings: &mut Finding
 pub fn check_first(request: &CloneRequest, settings: &Settings) -> Result<(), Failure> {
     let mut findings = Findings::default();
     check(request, settings, &mut findings);
+    if let SourceRequest::Donor(donor) = &request.source {
+        settings.donors.check_name(&donor.host, donor.port)?;
+    }
     findings.into_failure().map_or(Ok(()), Err)
 }
 
@@ -121,6 +124,11 @@ fn check_replacement(request: &CloneRequest, form: Form, findings: &mut Findings
     findings.passed("install_form", format!("{}: form {}", target.display(), form.name()));
     findings.add("generation", generation::check(target, &request.expected_generation));
     findings.add("earlier_install", no_earlier_install(target));
+    findings.add("identity", identity::check(target).map(|()| "it can be carried over".to_owned()));
+    findings.add(
+        "mounts",
+        mounts::refuse_mounts_in(target).map(|()| "nothing is mounted in it".to_owned()),
+    );
     findings.add(
         "not_a_donor",
         replacement::take_alone(target)
@@ -128,9 +136,10 @@ fn check_replacement(request: &CloneRequest, form: Form, findings: &mut Findings
     );
 }
 
-fn no_earlier_install(target: &Path) -> Result<String, Failure> {
-    for earlier in replacement::all(target)? {
-        if earlier.step() < Step::Accepted && earlier.must_stay() {
+/// At most one install at a time keeps a tree of somebody's.
+pub fn no_earlier_install(target: &Path) -> Result<String, Failure> {
+    for earlier in recorded::all_recorded(target)? {
+        if earlier.is_pending() {
             return Err(Failure::precondition(
                 "INSTALL_PENDING",
                 format!(
@@ -139,7 +148,7 @@ fn no_earlier_install(target: &Path) -> Result<String, Failure> {
                      brings them back",
                     earlier.plan.clone,
                     target.display(),
-                    earlier.step().name()
+                    earlier.step.name()
                 ),
             ));
         }

@@ -9,7 +9,7 @@ use marcot_common::{
 use rustix::fs::FileType;
 use tonic::Code;
 
-use crate::{list::FileList, staging::Staging};
+use crate::{certificate, list::FileList, sabotage, staging::Staging};
 
 /// A staged tree that is whole, has its final attributes, and is durable. Install takes only this.
 #[derive(Debug)]
@@ -19,13 +19,16 @@ pub struct VerifiedTree {
 }
 
 /// Gives every entry its final attributes, from the leaves up, and compares it with the list.
-/// `stop` is asked between entries.
+/// `certify` writes the certificate of what was compared; `stop` is asked between entries.
 pub fn verify(
     staging: &Staging,
     list: &FileList,
     root: Option<&Attributes>,
+    certify: &mut dyn FnMut() -> Result<(), Failure>,
     stop: &dyn Fn() -> Result<(), Failure>,
 ) -> Result<VerifiedTree, Failure> {
+    // Of an earlier run of this clone, which ended before it installed.
+    certificate::remove(staging)?;
     let expected = list.totals().entries;
     let staged = count_entries(&staging.tree(), stop)?;
     if staged != expected {
@@ -39,16 +42,19 @@ pub fn verify(
         stop()?;
         check(staging, &entry?)?;
     }
+    certify()?;
     if let Some(root) = root {
         // Its owner must be able to move the tree: a directory takes its `..` along.
         let mode = root.mode | 0o300;
         staging.finish_root(&Attributes { mode, ..root.clone() })?;
     }
-    staging.sync()?;
-    let tree = staging.tree();
-    File::open(&tree)
-        .and_then(|directory| directory.sync_all())
-        .map_err(|e| Failure::io("sync", &tree, &e))?;
+    if !sabotage::leaves_out("verify") {
+        staging.sync()?;
+        let tree = staging.tree();
+        File::open(&tree)
+            .and_then(|directory| directory.sync_all())
+            .map_err(|e| Failure::io("sync", &tree, &e))?;
+    }
     Ok(VerifiedTree { entries: staged })
 }
 

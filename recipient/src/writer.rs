@@ -5,16 +5,17 @@
 //! * At most `SEGMENT_BYTES` of a unit are not yet durable.
 //! * When `finish` returns, all of the unit is durable but for what it reports as unfinished.
 
-use std::{fs::File, io::IoSlice, os::unix::fs::FileExt as _};
+use std::{fs::File, io::IoSlice};
 
 use bytes::Bytes;
 use marcot_common::failure::Failure;
-use rustix::{fs::FallocateFlags, io::Errno};
 
 use crate::{
+    certificate::digests::{PartHasher, read_unknown},
+    copy_journal::{record::UnitDone, unit_record},
     plan::{Part, SEGMENT_BYTES, Unit},
     progress::Progress,
-    reuse::{Known, Reuse},
+    reuse::{Known, Reuse, punch_hole},
     staging::Staging,
 };
 
@@ -58,6 +59,19 @@ pub trait ChunkSink: Send {
     fn give_up(&mut self, file_id: u64, failure: Failure) -> Result<(), Failure>;
 }
 
+/// Stages what an older copy has of a unit's files, and hashes what is staged of each of its parts.
+pub fn known_of(staging: &Staging, unit: &Unit, reuse: &Reuse) -> Result<Vec<Known>, Failure> {
+    let known = unit.parts.iter().map(|part| {
+        // What a part patches is there already.
+        if part.patches || part.length == 0 {
+            return Ok(Known::default());
+        }
+        let file = staging.open_file(&part.path, part.size)?;
+        reuse.stage(part, &file).map_err(|e| staging.failed("read", &part.path, e))
+    });
+    known.collect()
+}
+
 /// Writes a unit.
 #[derive(Debug)]
 pub struct UnitWriter<'a> {
@@ -72,6 +86,11 @@ pub struct UnitWriter<'a> {
     dirty_bytes: u64,
     write_back_from: u64,
     unfinished: Vec<Unfinished>,
+    /// What the unit's record will say.
+    record: UnitDone,
+    /// Hashes the present part; `None` before its first byte, or when nobody asks.
+    hasher: Option<PartHasher>,
+    hashes: bool,
     /// Of each part, what an older copy has given; empty without one.
     known: Vec<Known>,
 }
@@ -89,22 +108,32 @@ impl<'a> UnitWriter<'a> {
             dirty_bytes: 0,
             write_back_from: 0,
             unfinished: Vec::new(),
+            record: unit_record(unit),
+            hasher: None,
+            hashes: false,
             known: Vec::new(),
         }
     }
 
-    /// Stages what an older copy has of the unit's files.
-    pub fn reuse(&mut self, reuse: &Reuse) -> Result<(), Failure> {
-        for part in &self.unit.parts {
-            // What a part patches is there already.
-            let known = if part.patches || part.length == 0 {
-                Known::default()
-            } else {
-                reuse.stage(part, &self.staging.open_file(&part.path, part.size)?)
-            };
-            self.known.push(known);
+    /// Hashes what it writes, for the record.
+    #[must_use]
+    pub fn with_digests(self, hashes: bool) -> Self {
+        Self { hashes, ..self }
+    }
+
+    /// The hasher of the present part.
+    fn hasher(&mut self, part: &Part) -> Option<&mut PartHasher> {
+        if !self.hashes {
+            return None;
         }
-        Ok(())
+        let begin = || PartHasher::new(part.file_id.0, part.size, part.offset);
+        Some(self.hasher.get_or_insert_with(begin))
+    }
+
+    /// What is staged of each part, by `known_of`.
+    #[must_use]
+    pub fn with_known(self, known: Vec<Known>) -> Self {
+        Self { known, ..self }
     }
 
     /// Digests of what is staged of the part of that index, from `offset` on.
@@ -152,8 +181,8 @@ impl<'a> UnitWriter<'a> {
         self.advance(part, length, length)
     }
 
-    /// Makes the unit durable.
-    pub fn finish(mut self) -> Result<Vec<Unfinished>, Failure> {
+    /// Makes the unit durable; returns its record, and the files that could not be read.
+    pub fn finish(mut self) -> Result<(UnitDone, Vec<Unfinished>), Failure> {
         if let Some((part, offset)) = self.awaited()? {
             return Err(Failure::peer_misbehaved(format!(
                 "{} ended at byte {offset} of {}",
@@ -164,7 +193,7 @@ impl<'a> UnitWriter<'a> {
         if self.unit.parts.len() > SYNCED_SINGLY_MAX {
             self.staging.sync()?;
         }
-        Ok(self.unfinished)
+        Ok((self.record, self.unfinished))
     }
 
     fn check(&mut self, file_id: u64, offset: u64, length: u64) -> Result<&'a Part, Failure> {
@@ -196,6 +225,7 @@ impl<'a> UnitWriter<'a> {
         self.done += length;
         self.dirty_bytes += data;
         self.progress.data_bytes.add(data);
+        self.record.data_bytes += data;
         let at = part.offset + self.done;
         if let Some(file) = &self.file {
             if self.dirty_bytes >= SEGMENT_BYTES {
@@ -216,11 +246,19 @@ impl<'a> UnitWriter<'a> {
     /// Ends the present part.
     fn close(&mut self, part: &Part) -> Result<(), Failure> {
         if let Some(file) = self.file.take() {
+            if let Some(hasher) = self.hasher.take() {
+                // While it is in memory: a block that changes on this disk later is noticed then.
+                let end = part.offset + part.length;
+                let runs = read_unknown(&file, part.size, end, hasher.finish())
+                    .map_err(|e| self.staging.failed("read", &part.path, e))?;
+                self.record.digests.extend(runs);
+            }
             if let Some(entry) = &part.whole {
                 self.staging.finish_file(&file, entry)?;
+            }
+            if part.offset + part.length == part.size {
                 self.progress.files_copied.add(1);
-            } else if part.offset + part.length == part.size {
-                self.progress.files_copied.add(1);
+                self.record.files += 1;
             }
             if self.unit.parts.len() <= SYNCED_SINGLY_MAX {
                 sync(&file, part)?;
@@ -254,6 +292,11 @@ impl ChunkSink for UnitWriter<'_> {
         if at != offset + length {
             return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
         }
+        if let Some(hasher) = self.hasher(part) {
+            for piece in pieces {
+                hasher.data(piece);
+            }
+        }
         self.advance(part, length, length)
     }
 
@@ -268,7 +311,11 @@ impl ChunkSink for UnitWriter<'_> {
                 Failure::io("punch a hole in", &shown, &e)
             })?;
         }
+        if let Some(hasher) = self.hasher(part) {
+            hasher.zeros(length);
+        }
         self.progress.hole_bytes.add(length);
+        self.record.hole_bytes += length;
         self.advance(part, length, 0)
     }
 
@@ -281,10 +328,19 @@ impl ChunkSink for UnitWriter<'_> {
             )));
         }
         self.open(part)?;
+        let certified = self.known.get(self.index).map(Known::certified).unwrap_or_default();
+        if let Some(hasher) = self.hasher(part) {
+            if part.patches {
+                hasher.kept(length);
+            } else {
+                hasher.reused(length, |block| certified.get(block));
+            }
+        }
         if part.patches {
             return self.advance(part, length, 0);
         }
         self.progress.reused_bytes.add(length);
+        self.record.reused_bytes += length;
         // It was copied on this host, and is to be made durable as all else.
         self.advance(part, length, length)
     }
@@ -295,6 +351,7 @@ impl ChunkSink for UnitWriter<'_> {
         let present = parts.get(self.index).filter(|part| part.file_id.0 == file_id);
         if let Some(part) = present {
             self.file = None;
+            self.hasher = None;
             self.dirty_bytes = 0;
             self.unfinished.push(Unfinished { part: part.clone(), failure });
             self.index += 1;
@@ -311,25 +368,6 @@ impl ChunkSink for UnitWriter<'_> {
                 "file {file_id} failed while it was not being read"
             ))),
         }
-    }
-}
-
-/// Makes a range read as zero; where the file system cannot leave it out, zeros are written.
-fn punch_hole(file: &File, offset: u64, length: u64) -> std::io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, offset, length) {
-        Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-            let zeros = vec![0; 64 << 10];
-            let mut done = 0;
-            while done < length {
-                let part = usize::try_from(length - done).unwrap_or(zeros.len()).min(zeros.len());
-                file.write_all_at(&zeros[..part], offset + done)?;
-                done += part as u64;
-            }
-            Ok(())
-        }
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -352,3 +390,6 @@ pub(crate) fn write_all_at(file: &File, pieces: &[Bytes], mut offset: u64) -> st
     }
     Ok(offset)
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::mariadb::Version;
+use crate::database::Version;
 
 /// A setting, or its default.
 #[must_use]
@@ -11,9 +11,40 @@ pub fn number(name: &str, default: u64) -> u64 {
     text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number"))
 }
 
-/// The server that `VERSION` names.
+/// Whether a run counts as one of full size: `MARCOT_FULL=1`. Less than the least of it fails then.
+#[must_use]
+pub fn is_full() -> bool {
+    number("MARCOT_FULL", 0) != 0
+}
+
+/// A setting that is `small` in CI and at least `full` in a run of full size.
+#[must_use]
+pub fn sized(name: &str, small: u64, full: u64) -> u64 {
+    let value = number(name, if is_full() { full } else { small });
+    assert!(!is_full() || value >= full, "{name}={value}: a run of full size has {full} or more");
+    value
+}
+
+/// Bytes of rows of a row of the matrix, and of a soak.
+#[must_use]
+pub fn bytes_of_rows(small: u64) -> u64 {
+    sized("BYTES", small, 1 << 30)
+}
+
+/// Rest between two stages of a clone.
+#[must_use]
+pub fn pause(small: u64) -> Duration {
+    Duration::from_secs(sized("PAUSE", small, 10))
+}
+
+/// The server that `DATABASE` and `VERSION` name.
 #[must_use]
 pub fn version() -> Version {
+    match std::env::var("DATABASE").as_deref() {
+        Ok("mysql") => return Version::MySql9_7,
+        Ok("mariadb") | Err(_) => {}
+        Ok(other) => panic!("DATABASE={other}: mariadb and mysql are there"),
+    }
     match std::env::var("VERSION").as_deref() {
         Ok("11.8") => Version::V11_8,
         Ok("10.11") | Err(_) => Version::V10_11,

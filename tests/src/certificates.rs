@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType,
+    date_time_ymd, string::Ia5String,
 };
 
 /// A CA in a directory of its own.
@@ -32,7 +33,7 @@ impl Certificates {
         self.path("ca.pem")
     }
 
-    /// Signs a certificate for `names`; returns the paths of chain and key.
+    /// Signs a certificate for `names`, and for URIs among them; returns the paths of chain and key.
     #[must_use]
     pub fn sign(&self, label: &str, names: &[&str]) -> (String, String) {
         self.sign_until(label, names, 2049)
@@ -44,9 +45,16 @@ impl Certificates {
         self.sign_until(label, names, 2002)
     }
 
-    fn sign_until(&self, label: &str, names: &[&str], year: i32) -> (String, String) {
-        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    /// A certificate that ends on the first day of that year.
+    #[must_use]
+    pub fn sign_until(&self, label: &str, names: &[&str], year: i32) -> (String, String) {
+        let (uris, names): (Vec<String>, Vec<String>) =
+            names.iter().map(ToString::to_string).partition(|name| name.contains("://"));
         let mut params = CertificateParams::new(names).expect("names");
+        for uri in uris {
+            let uri = Ia5String::try_from(uri).expect("ASCII");
+            params.subject_alt_names.push(SanType::URI(uri));
+        }
         params.not_before = date_time_ymd(2001, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         let key = KeyPair::generate().expect("a key");

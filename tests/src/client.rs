@@ -3,7 +3,7 @@
 use marcot_proto::{
     common::v1::Failure,
     recipient::v1::{
-        Clone, CloneStatementRequest, State, WatchCloneRequest,
+        Clone, CloneStatementRequest, State, VerifyCloneRequest, WatchCloneRequest,
         recipient_service_client::RecipientServiceClient,
     },
 };
@@ -38,6 +38,13 @@ pub async fn wait_for_end(client: &mut RecipientServiceClient<Channel>, name: &s
         last = message.clone;
     }
     last.expect("a watch sends the clone")
+}
+
+/// Reads a clone again; it must be as its certificate says.
+pub async fn assert_intact(client: &mut RecipientServiceClient<Channel>, name: &str) {
+    let request = VerifyCloneRequest { name: name.to_owned() };
+    let found = client.verify_clone(request).await.expect("a clone has a certificate").into_inner();
+    assert!(found.intact, "{found:?}");
 }
 
 /// Starts a clone that must not complete, and returns its error, whether it was refused at once or

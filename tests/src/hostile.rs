@@ -7,20 +7,21 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use marcot_common::login::server::{LogInService, NoKeys};
 use marcot_proto::{
     auth::v1::auth_service_server::AuthServiceServer,
     common::v1::{Codec, ConsistencyLevel, Stage},
     donor::v1::{
-        AdvanceStageRequest, AdvanceStageResponse, Advanced, Chunk, CloseSnapshotRequest,
-        CloseSnapshotResponse, EntryChange, Extent, FileEntry, FileType, GetServerInfoRequest,
-        GetServerInfoResponse, HashRangesRequest, HashRangesResponse, ListEnd, ListFilesRequest,
-        ListFilesResponse, ListSnapshotsRequest, ListSnapshotsResponse, OpenSnapshotRequest,
-        OpenSnapshotResponse, ReadEnd, ReadRangesRequest, ReadRangesResponse, RenewLeaseRequest,
-        RenewLeaseResponse, Totals, advance_stage_response,
+        AdvanceProgress, AdvanceStageRequest, AdvanceStageResponse, Advanced, Chunk,
+        CloseSnapshotRequest, CloseSnapshotResponse, EntryChange, Extent, FileEntry, FileType,
+        GetServerInfoRequest, GetServerInfoResponse, HashRangesRequest, HashRangesResponse,
+        ListEnd, ListFilesRequest, ListFilesResponse, ListSnapshotsRequest, ListSnapshotsResponse,
+        OpenSnapshotRequest, OpenSnapshotResponse, ReadEnd, ReadRangesRequest, ReadRangesResponse,
+        RenewLeaseRequest, RenewLeaseResponse, Totals, advance_stage_response,
         donor_service_server::{DonorService, DonorServiceServer},
         read_ranges_response::Frame,
     },
@@ -50,7 +51,12 @@ pub struct Behaviour {
     pub read: Arc<ReadFrames>,
     /// Answers to AdvanceStage.
     pub advance: Arc<Advance>,
+    /// Words of progress before each of them: how many, `BEAT` apart, and the entries that each tells.
+    pub beats: (u64, fn(u64) -> u64),
 }
+
+/// Between two words of progress.
+pub const BEAT: Duration = Duration::from_millis(100);
 
 /// A regular file's entry.
 #[must_use]
@@ -131,6 +137,7 @@ impl Behaviour {
                 frames
             }),
             advance: Arc::new(|_| (Stage::Done, 1)),
+            beats: (0, |n| n),
         }
     }
 
@@ -262,8 +269,15 @@ impl DonorService for HostileDonor {
             ..Advanced::default()
         };
         let step = Some(advance_stage_response::Step::Advanced(advanced));
-        let messages = std::iter::once(Ok(AdvanceStageResponse { step }));
-        Ok(Response::new(Box::pin(futures::stream::iter(messages))))
+        let end = futures::stream::iter([Ok(AdvanceStageResponse { step })]);
+        let (count, entries) = self.behaviour.beats;
+        let beats = futures::stream::iter(0..count).then(move |n| async move {
+            tokio::time::sleep(BEAT).await;
+            let progress = AdvanceProgress { entries: entries(n), ..AdvanceProgress::default() };
+            let step = Some(advance_stage_response::Step::Progress(progress));
+            Ok(AdvanceStageResponse { step })
+        });
+        Ok(Response::new(Box::pin(beats.chain(end))))
     }
 
     async fn renew_lease(

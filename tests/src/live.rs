@@ -1,14 +1,17 @@
 //! A live server, its load, a donor beside it and a recipient; and all that is checked of a clone.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use crate::{
-    Donor, Recipient,
-    client::wait_for_end,
+    Donor, Recipient, bench,
+    client::{assert_intact, wait_for_end},
+    database::{Database, Options, Version, install_with},
     invariants::{check_copy, ledger_in_binlog, prepare},
     load::{Load, Moment, Report, check_prepared},
-    mariadb::{self, MariaDb, Options, Version},
-    new_directory,
+    mysql, new_directory,
     proxy::Proxy,
     recipient, wait_for,
 };
@@ -22,7 +25,7 @@ pub struct Live {
     /// How the server was started.
     pub options: Options,
     /// The primary.
-    pub server: MariaDb,
+    pub server: Database,
     /// Beside it.
     pub donor: Donor,
     /// Where clones are asked for.
@@ -46,9 +49,9 @@ impl Live {
             arguments.iter().map(|argument| argument.replace("{home}", &here)).collect();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let options = Options::primary(version, &arguments);
-        mariadb::install_with(&data, &options);
-        let server = MariaDb::start_with(home.path(), &data, &options);
-        drop(server.query(GRANTS));
+        install_with(&data, &options);
+        let server = Database::start_with(home.path(), &data, &options);
+        drop(server.query(if version.is_mysql() { mysql::GRANTS } else { GRANTS }));
         prepare(&server, bytes);
         let donor = donor(home.path(), &data, &server);
         // CLONE LOCAL reads the same server.
@@ -72,19 +75,29 @@ impl Live {
     /// The server's log sequence number: bytes of redo written so far.
     #[must_use]
     pub fn lsn(&self) -> u64 {
-        let row = self.server.query("SHOW GLOBAL STATUS LIKE 'Innodb_lsn_current'");
+        let row = self.server.query(
+            "SHOW GLOBAL STATUS WHERE Variable_name IN ('Innodb_lsn_current', \
+             'Innodb_redo_log_current_lsn')",
+        );
         row.trim().rsplit('\t').next().and_then(|n| n.parse().ok()).expect("a number")
     }
 
     /// Starts the stock server on a clone.
     #[must_use]
-    pub fn start_clone(&self, name: &str) -> MariaDb {
-        MariaDb::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
+    pub fn start_clone(&self, name: &str) -> Database {
+        Database::start_with(self.home.path(), &self.path(name), &self.options.for_clone())
     }
 
     /// Starts the recipient again, after it was killed.
     pub fn restart_recipient(&mut self) {
         self.recipient = Recipient::start(self.home.path(), &[]);
+    }
+
+    /// Starts the server again, after it was killed or shut down, where the donor finds it.
+    pub fn restart_server(&mut self) {
+        self.server.start_again(self.home.path(), &self.options);
+        // A kill may have come while they were written: they know no crash recovery.
+        drop(self.server.query("REPAIR TABLE mix.csv, mix.isam"));
     }
 
     /// Starts the donor again, after it was killed.
@@ -95,9 +108,15 @@ impl Live {
     /// Puts a proxy between donor and server.
     #[must_use]
     pub fn proxy_database(&mut self) -> Proxy {
+        self.proxy_database_with(&[])
+    }
+
+    /// As `proxy_database`; the donor has more options.
+    #[must_use]
+    pub fn proxy_database_with(&mut self, more: &[&str]) -> Proxy {
         let port = self.server.port.expect("a primary has a port");
         let proxy = Proxy::start(([127, 0, 0, 1], port).into());
-        self.donor = donor_by_port(self.home.path(), &self.path("data"), proxy.port());
+        self.donor = donor_by_port(self.home.path(), &self.path("data"), proxy.port(), more);
         proxy
     }
 
@@ -122,7 +141,7 @@ impl Live {
     }
 
     /// As `clone_and_check`; `meanwhile` runs while the clone is under way and its recipient is
-    /// frozen.
+    /// frozen, which it stays for `bench::pause`.
     pub async fn clone_with(&self, name: &str, load: Load, meanwhile: impl FnOnce(&Load)) {
         self.clone_or_fail_with(name, load, &[], meanwhile).await;
     }
@@ -143,9 +162,27 @@ impl Live {
         let started = started.into_inner().clone.expect("a clone");
         wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
         self.recipient.0.freeze();
+        let rested = Instant::now() + bench::pause(0);
         meanwhile(&load);
+        while Instant::now() < rested {
+            load.wait_for_commits(20);
+        }
         self.recipient.0.thaw();
-        let clone = wait_for_end(&mut client, &started.name).await;
+        self.check_end(name, &started.name, before, load, reasons).await;
+    }
+
+    /// Waits for the end of a clone that was begun at the moment `before`, and checks it; or it ends
+    /// in an error of one of `reasons`.
+    pub async fn check_end(
+        &self,
+        name: &str,
+        clone: &str,
+        before: Moment,
+        load: Load,
+        reasons: &[&str],
+    ) -> Clone {
+        let mut client = recipient(&self.recipient).await;
+        let clone = wait_for_end(&mut client, clone).await;
         let ended = load.moment();
         load.wait_for_commits(50);
         if let Some(failure) = &clone.error
@@ -154,7 +191,7 @@ impl Live {
             eprintln!("{name}: {}", failure.message);
             assert!(!self.path(name).exists(), "a clone that failed left its directory");
             drop(load.stop());
-            return;
+            return clone;
         }
         assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", self.donor.0.log());
         load.assert_kept_up(&clone);
@@ -163,7 +200,9 @@ impl Live {
         }
         let report = load.stop();
         eprintln!("{name}: {report}");
+        assert_intact(&mut client, &clone.name).await;
         self.check(name, &clone, &before, &ended, &report);
+        clone
     }
 
     /// Checks a clone whose load has ended: it starts, holds what was acknowledged before it and
@@ -188,9 +227,18 @@ impl Live {
         }
         let point = clone.coordinates.as_ref().expect("a live clone has coordinates");
         let file = String::from_utf8_lossy(&point.binlog_file).into_owned();
-        let logged = ledger_in_binlog(&self.path("data"), &file, point.binlog_position);
+        let logged = ledger_in_binlog(
+            self.options.version,
+            &self.path("data"),
+            &file,
+            point.binlog_position,
+        );
         assert_eq!(held.iter().sum::<u64>(), logged, "ledger rows, and those in the binary log");
-        assert!(copy.log().contains(&format!("End of log at LSN={}", point.lsn)), "{}", copy.log());
+        let recovered = match self.options.version.is_mysql() {
+            true => format!("scanned up to log sequence number {}", point.lsn),
+            false => format!("End of log at LSN={}", point.lsn),
+        };
+        assert!(copy.log().contains(&recovered), "{recovered}: {}", copy.log());
         copy.replicate(&self.server, &point.gtid_executed);
         copy.catch_up(&self.server);
         copy.assert_replicates(&self.server);
@@ -205,7 +253,7 @@ impl Live {
 }
 
 /// Options of engine innodb for a server.
-fn engine_options(home: &Path, server: &MariaDb) -> Vec<String> {
+fn engine_options(home: &Path, server: &Database) -> Vec<String> {
     let socket = server.socket().display().to_string();
     options_by(home, ["--database-socket", &socket])
 }
@@ -225,21 +273,21 @@ fn options_by(home: &Path, reached: [&str; 2]) -> Vec<String> {
 
 /// A donor of a server's data directory.
 #[must_use]
-pub fn donor(home: &Path, data: &Path, server: &MariaDb) -> Donor {
+pub fn donor(home: &Path, data: &Path, server: &Database) -> Donor {
     donor_with(home, data, server, &[])
 }
 
 /// As `donor`, with more options.
 #[must_use]
-pub fn donor_with(home: &Path, data: &Path, server: &MariaDb, more: &[&str]) -> Donor {
+pub fn donor_with(home: &Path, data: &Path, server: &Database, more: &[&str]) -> Donor {
     start_donor(home, data, &engine_options(home, server), more)
 }
 
-/// As `donor`, for a server that is reached by a TCP port of loopback: a proxy's.
+/// As `donor_with`, for a server that is reached by a TCP port of loopback: a proxy's.
 #[must_use]
-pub fn donor_by_port(home: &Path, data: &Path, port: u16) -> Donor {
+pub fn donor_by_port(home: &Path, data: &Path, port: u16, more: &[&str]) -> Donor {
     let url = format!("mysql://127.0.0.1:{port}");
-    start_donor(home, data, &options_by(home, ["--database-url", &url]), &[])
+    start_donor(home, data, &options_by(home, ["--database-url", &url]), more)
 }
 
 fn start_donor(home: &Path, data: &Path, options: &[String], more: &[&str]) -> Donor {

@@ -1,4 +1,4 @@
-//! A write load on a MariaDB server.
+//! A write load on a MariaDB or MySQL server.
 //!
 //! * `bank`: money moves between two tables, each transfer has its row in the ledger.
 //! * `probe`: clients that commit every millisecond and note when.
@@ -37,13 +37,17 @@ use marcot_proto::recipient::v1::Clone as CloneOf;
 use mysql::Conn;
 
 pub use bank::{ACCOUNTS, HOLDS};
-pub use imports::IMPORTED_ROWS;
+pub use imports::{Exchange, IMPORTED_ROWS, IMPORTED_TABLES};
 pub use pace::StagePace;
 pub use storm::KINDS as STORM_KINDS;
 pub use sysbench::Sysbench;
 pub use xa::{Prepared, check_prepared};
 
-use crate::{mariadb::MariaDb, wait_for};
+use crate::{
+    bench,
+    database::{Database, Version, sequence},
+    wait_for,
+};
 
 /// What runs.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +64,8 @@ pub struct LoadOptions {
     pub imports: bool,
     /// Whether undo tablespaces are truncated and the redo log is resized.
     pub upkeep: bool,
+    /// Most transactions per second of sysbench; 0: as many as the server takes.
+    pub sysbench_rate: u64,
     /// Most commits per second of all writers; 0: as many as the server takes.
     pub rate: u64,
     /// Least commits per second of all writers in each second of each stage of a clone: a run that
@@ -71,11 +77,11 @@ pub struct LoadOptions {
 /// copied, and a copy made in a quiet moment may be right by luck.
 pub const RATE_MIN: u64 = 200;
 
-/// What rows that are about load ask for: `MARCOT_RATE_MIN`, or nothing. A machine that does other
-/// work meanwhile, as CI may, makes no copy wrong.
+/// What rows that are about load ask for: `MARCOT_RATE_MIN`, or nothing; in a run of full size
+/// `RATE_MIN` at the least. A machine that does other work meanwhile, as CI may, makes no copy wrong.
 #[must_use]
 pub fn rate_min() -> u64 {
-    std::env::var("MARCOT_RATE_MIN").map_or(0, |rate| rate.parse().expect("commits per second"))
+    bench::sized("MARCOT_RATE_MIN", 0, RATE_MIN)
 }
 
 impl Default for LoadOptions {
@@ -87,6 +93,7 @@ impl Default for LoadOptions {
             sysbench: false,
             imports: false,
             upkeep: false,
+            sysbench_rate: 0,
             rate: 0,
             rate_min: 0,
         }
@@ -96,7 +103,10 @@ impl Default for LoadOptions {
 /// What all parts of a load write to.
 #[derive(Debug, Default)]
 struct Shared {
+    version: Version,
     stop: AtomicBool,
+    /// Tables are not changed any more.
+    ddl_rests: AtomicBool,
     /// Transfers acknowledged, by writer.
     acknowledged: Vec<AtomicU64>,
     commits: AtomicU64,
@@ -122,6 +132,11 @@ const PROBLEMS_MAX: usize = 20;
 impl Shared {
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Rows 1 to `count` of a column `seq`.
+    fn sequence(&self, count: u64) -> String {
+        sequence(self.version, count)
     }
 
     fn problem(&self, what: impl std::fmt::Display) {
@@ -201,13 +216,15 @@ type Work = Box<dyn FnOnce(&Shared, &mut Conn) + Send>;
 impl Load {
     /// Starts.
     #[must_use]
-    pub fn start(server: &MariaDb, options: LoadOptions) -> Self {
+    pub fn start(server: &Database, options: LoadOptions) -> Self {
         let shared = Arc::new(Shared {
+            version: server.version(),
             acknowledged: (0..options.writers).map(|_| AtomicU64::new(0)).collect(),
             ..Shared::default()
         });
         // Before the first thread: these ask the server, and panic where they cannot.
-        let sysbench = options.sysbench.then(|| sysbench::Running::start(server));
+        let sysbench =
+            options.sysbench.then(|| sysbench::Running::start(server, options.sysbench_rate));
         let mut threads = vec![pace::sample(&shared)];
         let mut run = |name: String, work: Work| {
             let (shared, mut conn) = (Arc::clone(&shared), server.connect());
@@ -239,9 +256,9 @@ impl Load {
             }
         }
         if options.imports {
-            let directory = server.data_directory().to_owned();
+            let (directory, own) = (server.data_directory().to_owned(), server.connect());
             let work =
-                move |shared: &Shared, conn: &mut Conn| imports::exchange(shared, conn, &directory);
+                move |shared: &Shared, _: &mut Conn| imports::exchange(shared, own, &directory);
             run("imports".to_owned(), Box::new(work));
         }
         if options.upkeep {
@@ -285,6 +302,11 @@ impl Load {
     pub fn assert_no_problem(&self) {
         let problems = lock(&self.shared.problems).clone();
         assert!(problems.is_empty(), "{problems:?}");
+    }
+
+    /// Lets tables be as they are from now on.
+    pub fn rest_ddl(&self) {
+        self.shared.ddl_rests.store(true, Ordering::Relaxed);
     }
 
     /// Waits until `count` more transactions are committed.

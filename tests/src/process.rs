@@ -31,8 +31,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn start(name: &str, home: &Path, arguments: &[String]) -> Self {
-        Self::start_around(name, home, arguments, &[], &[])
+    fn start(name: &str, home: &Path, arguments: &[String], environment: &[(&str, &str)]) -> Self {
+        Self::start_around(name, home, arguments, &[], environment)
     }
 
     /// A daemon that runs a command of its own, with more variables in its environment.
@@ -56,6 +56,8 @@ impl Daemon {
             .args(command)
             // Stories whose donor is gone for good end soon; those about waiting say how long.
             .env("MARCOT_DONOR_TIMEOUT", "3s")
+            // Every donor of a story is on this host; those about the list say another.
+            .env("MARCOT_DONOR_LIST", "127.0.0.1:*,[::1]:*")
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a file can be shared"))
@@ -135,6 +137,11 @@ impl Daemon {
     /// Asks it to end, and waits for its exit code.
     pub fn terminate(&mut self) -> Option<i32> {
         Blow::Terminate.strike(self.pid());
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Option<i32> {
         wait_for("the daemon to end", || self.child.try_wait().expect("our own child")).code()
     }
 }
@@ -163,9 +170,11 @@ impl Donor {
     pub fn start(home: &Path, data_directory: &Path, options: &[&str]) -> Self {
         let mut arguments =
             vec!["--data-directory".to_owned(), data_directory.display().to_string()];
-        arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
+        if !options.contains(&"--spool-directory") {
+            arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
+        }
         arguments.extend(options.iter().map(ToString::to_string));
-        Self(Daemon::start("marcot-donor", home, &arguments))
+        Self(Daemon::start("marcot-donor", home, &arguments, &[]))
     }
 
     /// Its port.
@@ -199,13 +208,19 @@ impl Recipient {
     /// Starts a recipient that may write below `home`, with more options.
     #[must_use]
     pub fn start(home: &Path, options: &[&str]) -> Self {
+        Self::start_with(home, options, &[])
+    }
+
+    /// As `start`, with more variables in its environment.
+    #[must_use]
+    pub fn start_with(home: &Path, options: &[&str], environment: &[(&str, &str)]) -> Self {
         let state = home.join("state");
         let mut arguments = vec!["--state-directory".to_owned(), state.display().to_string()];
         arguments.extend(["--allow-directory".to_owned(), home.display().to_string()]);
         arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
         arguments.extend(["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()]);
         arguments.extend(options.iter().map(ToString::to_string));
-        Self(Daemon::start("marcot-recipient", home, &arguments))
+        Self(Daemon::start("marcot-recipient", home, &arguments, environment))
     }
 
     /// Starts a recipient that supervises `command`.

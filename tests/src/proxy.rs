@@ -29,6 +29,9 @@ use tokio::{
 /// Most bytes that are read at once; a limited connection reads less.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// What is recorded of each connection's way down.
+const RECORDED_DOWN_MAX: usize = 64 << 10;
+
 /// A limited connection waits this often in a second, so that a new limit is felt soon.
 const PIECES_PER_SECOND: u64 = 20;
 
@@ -74,6 +77,8 @@ struct Shared {
     flip: Mutex<Option<u64>>,
     /// What to do once the answer to a text has come.
     answered: Mutex<Option<Answered>>,
+    /// What has passed, once it is to be recorded.
+    record: Mutex<Option<Vec<u8>>>,
     /// When the limit lets the next byte pass.
     next: Mutex<Instant>,
     connections: AtomicU64,
@@ -119,6 +124,7 @@ impl Proxy {
             allowance: Mutex::new(None),
             flip: Mutex::new(None),
             answered: Mutex::new(None),
+            record: Mutex::new(None),
             next: Mutex::new(Instant::now()),
             connections: AtomicU64::new(0),
             cut: AtomicU64::new(0),
@@ -144,6 +150,7 @@ impl Proxy {
     /// Undoes all but the limit: what was stalled goes on, new connections are taken.
     pub fn pass(&self) {
         *self.shared.allowance.lock().expect("no holder panics") = None;
+        *self.shared.flip.lock().expect("no holder panics") = None;
         self.shared.rules.send_modify(|rules| {
             rules.is_stalled = false;
             rules.is_down = false;
@@ -197,12 +204,30 @@ impl Proxy {
         self.shared.flip.lock().expect("no holder panics").is_some()
     }
 
+    /// Whether a cut or a flip after so many bytes is still to come.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.flips() || self.shared.allowance.lock().expect("no holder panics").is_some()
+    }
+
     /// Runs `act` once, when the first answer comes after `text` has gone up on one connection; the
     /// answer passes when it has returned. A text that is split over two reads is not found:
     /// statements are sent in one piece.
     pub fn when_answered(&self, text: &'static str, act: impl FnOnce() + Send + 'static) {
         let answered = Answered { text, act: Box::new(act) };
         *self.shared.answered.lock().expect("no holder panics") = Some(answered);
+    }
+
+    /// Records what passes from now on: all that goes up, and of each connection the first 64 KiB
+    /// that come down, which hold its log-in; the rest is a clone's data.
+    pub fn record(&self) {
+        *self.shared.record.lock().expect("no holder panics") = Some(Vec::new());
+    }
+
+    /// What was recorded.
+    #[must_use]
+    pub fn recorded(&self) -> Vec<u8> {
+        self.shared.record.lock().expect("no holder panics").clone().unwrap_or_default()
     }
 
     /// What has passed so far.
@@ -297,6 +322,7 @@ async fn forward(
 ) -> io::Result<()> {
     let mut buffer = vec![0; PIECE_BYTES];
     let mut rules = shared.rules.subscribe();
+    let mut passed = 0;
     loop {
         let now = *rules.wait_for(|rules| !rules.is_stalled).await.expect("the sender is shared");
         let most = now.bytes_per_second.map_or(PIECE_BYTES as u64, |rate| {
@@ -311,6 +337,12 @@ async fn forward(
         }
         shared.wait_for_turn(read as u64).await;
         shared.watch(&buffer[..read], direction, exchange);
+        if direction == Direction::Up || passed < RECORDED_DOWN_MAX {
+            if let Some(record) = shared.record.lock().expect("no holder panics").as_mut() {
+                record.extend_from_slice(&buffer[..read]);
+            }
+            passed += read;
+        }
         if direction == Direction::Down {
             shared.flip(&mut buffer[..read]);
         }

@@ -15,7 +15,7 @@ use crate::{
     Donor, Recipient,
     client::wait_for_end,
     mariadb::{self, MariaDb, Options, Version},
-    new_directory, recipient, wait_for,
+    new_directory, recipient, target_directory, wait_for,
 };
 
 /// Rows of each table: some pages of each.
@@ -98,16 +98,58 @@ impl Site {
     /// As `supervise`, with more variables in its environment.
     #[must_use]
     pub fn supervise_with(&self, options: &[&str], environment: &[(&str, &str)]) -> Recipient {
-        let state = self.state.display().to_string();
-        let (data, socket) = (self.data.display().to_string(), self.socket.display().to_string());
-        let mut all = vec!["--data-directory", &data, "--database-socket", &socket];
-        all.extend(["--state-directory", &state]);
-        all.extend(["--database-user", "root", "--recovery-timeout", "60s"]);
-        all.extend(options);
-        let (home, command) = (self.home.path(), self.command());
-        let recipient = Recipient::supervise(home, &all, &command, environment);
+        let recipient = self.start(options, environment);
         self.wait_for_server();
         recipient
+    }
+
+    /// As `supervise`, where the server is not to run.
+    #[must_use]
+    pub fn supervise_stopped(&self, options: &[&str]) -> Recipient {
+        self.start(options, &[])
+    }
+
+    /// A recipient that is to refuse to run, with another state directory: its exit code, and what it
+    /// has said.
+    #[must_use]
+    pub fn supervise_until_it_ends(&self, state: &Path) -> (Option<i32>, String) {
+        let mut command = Command::new(target_directory().join("marcot-recipient"));
+        command.args(["supervise", "--listen", "127.0.0.1:0"]);
+        command.args(self.arguments(state)).arg("--").args(self.command());
+        let output = command.output().expect("marcot-recipient is built");
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn start(&self, options: &[&str], environment: &[(&str, &str)]) -> Recipient {
+        let arguments = self.arguments(&self.state);
+        let all: Vec<&str> =
+            arguments.iter().map(String::as_str).chain(options.iter().copied()).collect();
+        Recipient::supervise(self.home.path(), &all, &self.command(), environment)
+    }
+
+    fn arguments(&self, state: &Path) -> Vec<String> {
+        let shown = |path: &Path| path.display().to_string();
+        [
+            ("--data-directory", shown(&self.data)),
+            ("--database-socket", shown(&self.socket)),
+            ("--state-directory", shown(state)),
+            ("--database-user", "root".to_owned()),
+            ("--recovery-timeout", "60s".to_owned()),
+        ]
+        .into_iter()
+        .flat_map(|(name, value)| [name.to_owned(), value])
+        .collect()
+    }
+
+    /// Where a clone is staged.
+    #[must_use]
+    pub fn staging(&self, form: &str, id: &str) -> PathBuf {
+        let parent = match form {
+            "move" => self.data.join(".marcot-install"),
+            _ => self.data.parent().expect("a parent").to_owned(),
+        };
+        parent.join(format!(".marcot-{id}"))
     }
 
     /// Waits until the server answers.
@@ -141,7 +183,14 @@ impl Site {
     /// CHECK TABLE of every table: the lines that do not say OK.
     #[must_use]
     pub fn damaged_tables(&self) -> String {
-        let lines = self.ask("CHECK TABLE app.mark, app.rows, app.aria, mysql.global_priv");
+        let tables = self.ask(
+            "SELECT CONCAT('`', TABLE_SCHEMA, '`.`', TABLE_NAME, '`') FROM information_schema.TABLES \
+             WHERE TABLE_TYPE='BASE TABLE' AND TABLE_SCHEMA NOT IN \
+             ('information_schema', 'performance_schema')",
+        );
+        let tables: Vec<&str> = tables.lines().collect();
+        assert!(tables.len() > 20, "those of `app` and of `mysql`: {tables:?}");
+        let lines = self.ask(&format!("CHECK TABLE {}", tables.join(", ")));
         let bad = lines.lines().filter(|line| !line.ends_with("\tOK"));
         bad.collect::<Vec<_>>().join("\n")
     }
@@ -182,9 +231,7 @@ impl Site {
     /// The process that runs a server on the data directory.
     #[must_use]
     pub fn server_pid(&self) -> Option<u32> {
-        let file = std::fs::File::open(self.data.join("ibdata1")).ok()?;
-        let pid = marcot_common::file_lock::holder(file.as_fd()).ok()??;
-        u32::try_from(pid).ok().filter(|&pid| pid > 0)
+        server_pid(&self.data)
     }
 
     /// What a clone has left beside the data directory, or in it.
@@ -206,6 +253,14 @@ impl Default for Site {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// The process that runs a server on a data directory.
+#[must_use]
+pub fn server_pid(data_directory: &Path) -> Option<u32> {
+    let file = std::fs::File::open(data_directory.join("ibdata1")).ok()?;
+    let pid = marcot_common::file_lock::holder(file.as_fd()).ok()??;
+    u32::try_from(pid).ok().filter(|&pid| pid > 0)
 }
 
 fn options() -> Options {

@@ -14,8 +14,8 @@ pub const INTERESTING_SIZES: [u64; 8] = [
     (1 << 20) - 1,   // just less than a chunk
     1 << 20,         // a chunk, and the most that travels packed
     (1 << 20) + 1,   // a chunk and a byte: the least that does not travel packed
-    (64 << 20) - 7,  // just less than a segment
-    (64 << 20) + 11, // two segments, on two streams
+    (48 << 20) - 7,  // just less than a segment of one stream, two of two
+    (48 << 20) + 11, // two segments and three
 ];
 
 /// Makes a small tree with one of each kind of entry, and files of interesting sizes.

@@ -322,3 +322,22 @@ async fn stages_that_never_end_or_go_back_are_bounded() {
     assert_eq!(failure.reason, "PEER_MISBEHAVED", "{failure:?}");
     assert!(failure.message.contains("was not listed again"), "{failure:?}");
 }
+
+/// Guards the stall limit of AdvanceStage: a donor whose work stands still says so over and over, and
+/// is given up within the bound; one that gets on is not, however long it takes. Without the look at
+/// its entries the first clone never ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_that_only_says_that_it_works_is_given_up() {
+    let victim = Victim::new(&["--stall-timeout", "1s", "--donor-timeout", "2s"]);
+    let slow = Behaviour { beats: (30, |n| n), ..Behaviour::honest() };
+    victim.completes("gets on for three times the limit", slow).await;
+    let stands = Behaviour { beats: (u64::MAX, |_| 7), ..Behaviour::honest() };
+    let donor = stands.serve().await;
+    let mut client = recipient(&victim.daemon).await;
+    let begun = std::time::Instant::now();
+    let failure = clone_error(&mut client, &victim.statement(donor)).await;
+    assert_eq!(failure.reason, "STALLED", "{failure:?}");
+    assert!(failure.message.contains("got no further for 1s"), "{failure:?}");
+    let took = begun.elapsed();
+    assert!(took < std::time::Duration::from_secs(20), "it took {took:?}");
+}

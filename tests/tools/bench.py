@@ -128,7 +128,7 @@ class Pair:
                 "recipient",
                 [options.bin / "marcot-recipient", "--state-directory", work / "state"]
                 + ["--listen", "127.0.0.1:0", "--allow-directory", work / "copies"]
-                + ["--ssl-ca", tls / "ca.pem"],
+                + ["--ssl-ca", tls / "ca.pem", "--donor-list", "127.0.0.1:*"],
             )
         except BaseException:
             self.stop()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# make bench: builds for release, then measures. See bench.py, bench_mariadb.py, cuts.sh.
+# make bench: builds for release, then measures. See bench.py, bench_mariadb.py, bench_program.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if [[ ${1:-files} == cuts ]]; then exec tests/tools/cuts.sh; fi
+case ${1:-files} in cuts | delta | resume) exec tests/tools/bench_program.sh "$1" ;; esac
 . tests/tools/pair.sh
 
 need python3 python3

@@ -8,7 +8,8 @@ Prints `DIFF kind path: original / copy` for each difference, then `identical` (
 
 The rules, by kind:
 
-  missing, extra   a name on one side only; a directory stands for all that is in it
+  missing, extra   a name on one side only; a directory stands for all that is in it; the clone's
+                   certificate in the copy's root is none
   type             regular file, directory, symlink, socket, fifo, device
   mode             the copy's bits are the original's without setuid and setgid
   owner            see --owner
@@ -38,6 +39,7 @@ import stat
 import sys
 
 PIECE_BYTES = 1 << 20
+CERTIFICATE = b".marcot-certificate"
 OCCUPIED_SLACK_BYTES = 1 << 20
 HOST_LABELS = ("security.selinux", "security.ima", "security.evm", "security.apparmor")
 TYPES = {
@@ -126,7 +128,8 @@ class Comparison:
                 left_name = next(left_names, None)
             elif left_name is None or right_name < left_name:
                 entry = os.lstat(right_name, dir_fd=right)
-                self.report("extra", prefix + right_name, "-", type_name(entry))
+                if prefix + right_name != CERTIFICATE:
+                    self.report("extra", prefix + right_name, "-", type_name(entry))
                 right_name = next(right_names, None)
             else:
                 if self.pair(left, right, left_name, prefix + left_name):

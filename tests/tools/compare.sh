@@ -28,7 +28,8 @@ start donor "$bin/marcot-donor" --data-directory "$work/original" --listen 127.0
   --accounts "$work/accounts" --tls-cert "$work/tls/server.pem" --tls-key "$work/tls/server.key"
 donor=$address
 start recipient "$bin/marcot-recipient" --listen 127.0.0.1:0 --state-directory "$work/state" \
-  --data-directory "$work/original" --allow-directory "$work/clones" --ssl-ca "$work/tls/ca.pem"
+  --data-directory "$work/original" --allow-directory "$work/clones" --ssl-ca "$work/tls/ca.pem" \
+  --donor-list "127.0.0.1:${donor##*:}"
 recipient=$address
 
 clone() {

@@ -104,7 +104,8 @@ start donor "$bin/marcot-donor" --data-directory "$work/donor-data" --listen 127
   --accounts "$work/accounts" "${tls[@]}"
 donor=$address
 start recipient "$bin/marcot-recipient" --listen 127.0.0.1:0 --state-directory "$work/state" \
-  --allow-directory "$work" --ssl-ca "$work/tls/ca.pem" "${tls[@]}"
+  --allow-directory "$work" --ssl-ca "$work/tls/ca.pem" "${tls[@]}" \
+  --donor-list "127.0.0.1:${donor##*:}"
 recipient=$address
 
 statement="CLONE INSTANCE FROM 'demo'@'127.0.0.1':${donor##*:} IDENTIFIED BY"

@@ -30,7 +30,7 @@ cargo build --quiet --locked --release --target "$host" --target-dir "$fuzz" \
   --manifest-path tests/fuzz/Cargo.toml --bins >&2
 
 # A first input of each kind; libFuzzer finds the rest.
-mkdir -p "$fuzz"/seeds/{page,redo,checkpoint,frm} "$fuzz/crashes"
+mkdir -p "$fuzz"/seeds/{page,redo,mysql_redo,checkpoint,frm} "$fuzz/crashes"
 zeros() { head -c "$1" /dev/zero; }
 for layout in 00 01 02 03 04 05 06 07 08 09 0a 0b 0c; do
   for type in 45bf 8632 9219 8001 0008; do
@@ -46,6 +46,7 @@ for layout in 00 01 02 03 04 05 06 07 08 09 0a 0b 0c; do
 done
 printf '\0\xfa\0\0\0\0\0\0\0\0\x08\x01\0\0\0\0' >"$fuzz/seeds/redo/checkpoint"
 printf '\x01\x31\x02\x01\0\0\0\0\0\0\0\0\0\0\0\0' >"$fuzz/seeds/redo/encrypted"
+{ printf '\0\0\0\x06' && zeros 3068; } >"$fuzz/seeds/mysql_redo/header"
 { printf 'Phys\0\0\0\0\0\0\0\0\0\0\x30\0MariaDB 10.11' && zeros 611; } >"$fuzz/seeds/checkpoint/header"
 { printf '\xfe\x01\x0a\x0c' && zeros 92; } >"$fuzz/seeds/frm/innodb"
 

@@ -7,7 +7,7 @@
 #
 # The tree is .tools/servers/NAME; it is there and right when .tools/servers/NAME/.complete holds
 # suite and packages. The mirror is the one that this machine's own apt uses. A suite that cannot
-# be reached, or has not got a package, is an error.
+# be reached is an error; so is one that does not offer a package, with exit code 3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -71,6 +71,15 @@ retry() {
 
 printf 'server_tree: %s: %s from %s\n' "$name" "$*" "$suite" >&2
 retry apt update
+for package in "$@"; do
+  offered=$(apt-cache -o Dir::State="$work/state" -o Dir::State::status="$work/status" \
+    -o Dir::Cache="$work/cache" -o Dir::Etc="$work/etc" -o Dir::Etc::sourceparts=- \
+    -o Dir::Etc::sourcelist="$work/sources.list" madison "$package")
+  if [[ -z $offered ]]; then
+    printf 'server_tree: suite %s does not offer %s\n' "$suite" "$package" >&2
+    exit 3
+  fi
+done
 retry apt -y --download-only install "$@"
 rm -rf "$tree"
 mkdir -p "$tree"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests and lints need, and only what is missing. Safe to run again.
 #
-#   setup.sh [test] [lint]        default: both
+#   setup.sh [test] [lint] [mysql]        default: test and lint
+#
+# mysql needs test. It ends with 3 when the suite no longer offers that server.
 #
 # Goes into .tools/ of this tree: a Python environment (requirements.txt), cargo-nextest and
 # cargo-deny where cargo does not have them yet. Debian packages are installed when this runs as
@@ -101,6 +103,10 @@ for what in "$@"; do
       install_servers
       install_python
       install_cargo_tool cargo-nextest "^0.9"
+      ;;
+    mysql)
+      install_packages
+      tests/tools/server_tree.sh mysql-sid sid mysql-server-core mysql-client-core
       ;;
     lint)
       install_packages

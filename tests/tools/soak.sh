@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Clones of a live server, over and over: see tests/src/bin/marcot-soak.rs for the settings.
 #
-#   SABOTAGE=skip-pages|old-redo|late-coordinates|no-lock|page-after-point
+#   DATABASE=mariadb|mysql
+#   SABOTAGE=skip-pages|old-redo|late-coordinates|no-lock|page-after-point, with mysql closed-binlog
 #                 a donor that is wrong on purpose: the last line then shows fewer than all
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+
+case ${SABOTAGE:-} in
+  '' | skip-pages | old-redo | late-coordinates | no-lock | page-after-point) ;;
+  *) echo "make soak: SABOTAGE=$SABOTAGE is none of those above" >&2; sed -n '4,5p' "$0" >&2; exit 2 ;;
+esac
+export MARCOT_FULL=${FULL:-0}
 
 target=${CARGO_TARGET_DIR:-target}
 export MARCOT_SABOTAGE=${SABOTAGE:-}

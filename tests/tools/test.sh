@@ -12,7 +12,8 @@ cargo test --locked --workspace --doc --quiet
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-cargo nextest run --locked --workspace --no-fail-fast "$@" 2>&1 | tee "$log" || status=$?
+# MySQL has a target of its own: its server comes from a suite that may cease to offer it.
+cargo nextest run --locked --workspace --no-fail-fast -E "not binary(=mysql)" "$@" 2>&1 | tee "$log" || status=$?
 sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E '^ *Summary ' | tail -1 >"$target/test-summary" || status=1
 cat "$target/test-summary"
 exit "$status"

@@ -25,6 +25,8 @@ struct Args {
     tls_key: Option<PathBuf>,
     #[arg(long = "allow-directory", env = "T_ALLOW")]
     allow: Vec<PathBuf>,
+    #[arg(long, env = "T_PORTS", value_delimiter = ',')]
+    ports: Vec<u16>,
     #[arg(long, env = "T_PASSWORD", hide_env_values = true, value_parser = short)]
     password: Option<String>,
     #[arg(long, value_enum, default_value_t)]
@@ -55,6 +57,20 @@ fn parse(file: &str, env: &[(&str, &str)], flags: &[&str]) -> Result<Loaded<Args
     let name = config.path().display().to_string();
     load(argv, |key| env.iter().find(|(name, _)| *name == key).map(|(_, value)| value.into()))
         .map_err(|error| error.to_string().replace(&name, "FILE"))
+}
+
+/// Guards the delimiter where values are checked alone: without it `1,2` is no number.
+#[test]
+fn a_list_in_one_text_is_read_from_every_source() {
+    for (file, env, flags) in [
+        ("data-directory = \"/d\"\nports = \"1,2\"", &[][..], &[][..]),
+        ("data-directory = \"/d\"\nports = [1, 2]", &[], &[]),
+        ("data-directory = \"/d\"", &[("T_PORTS", "1,2")], &[]),
+        ("data-directory = \"/d\"", &[("T_PORTS", "3")], &["--ports", "1,2"]),
+    ] {
+        let loaded = parse(file, env, flags);
+        assert_eq!(loaded.unwrap().args.ports, [1, 2], "{file} {env:?} {flags:?}");
+    }
 }
 
 #[test]

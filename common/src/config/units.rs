@@ -101,8 +101,8 @@ pub fn parse_listen_address(text: &str) -> Result<SocketAddr, ListenAddressError
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "--listen {listen} is not a loopback address and no accounts are configured: anyone who \
-     reaches the port could use it; pass --accounts FILE, or listen on loopback, \
-     as --listen {}", loopback(.listen)
+     reaches the port could use it; pass --accounts FILE or --identities FILE, or listen on \
+     loopback, as --listen {}", loopback(.listen)
 )]
 pub struct ExposedWithoutAuthentication {
     /// Where the service would listen.

@@ -12,25 +12,39 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
 use zeroize::Zeroizing;
 
-use super::{CloneKey, identifiers, key_message, password_context};
+use super::{
+    CloneKey, Trust,
+    database::{self, random},
+    identifiers, key_message, password_context,
+};
 use crate::{accounts::Suite, connect::Security, failure::Failure};
 
 /// Logs a connection in by password. `NO_ACCOUNTS` means that the server asks nobody to log in.
+/// With `trust` it may be the password of an account of the donor's database.
 pub async fn log_in_with_password(
     client: &mut AuthServiceClient<Channel>,
     security: &Security,
     user: &str,
     password: &Zeroizing<String>,
+    trust: Option<Trust<'_>>,
 ) -> Result<pb::LoggedIn, Failure> {
+    let nonce = random()?;
     let start = ClientLogin::<Suite>::start(&mut OsRng, password.as_bytes())
         .map_err(|e| Failure::bug(format!("OPAQUE start: {e}")))?;
     let first = Request::PasswordStart(pb::PasswordStart {
         user: user.to_owned(),
         credential_request: Bytes::copy_from_slice(&start.message.serialize()),
+        nonce: Bytes::copy_from_slice(&nonce),
     });
     let (sender, mut answers) = begin(client, first).await?;
-    let Response::PasswordChallenge(challenge) = next(&mut answers).await? else {
-        return Err(unexpected());
+    let challenge = match next(&mut answers).await? {
+        Response::PasswordChallenge(challenge) => challenge,
+        // Who believes nobody's key has no database either.
+        Response::DatabaseChallenge(challenge) if trust.is_some() => {
+            let last = database::answer(&challenge, user, password, &nonce, security, trust)?;
+            return finish(sender, last, &mut answers).await;
+        }
+        _ => return Err(unexpected()),
     };
     let response = CredentialResponse::<Suite>::deserialize(&challenge.credential_response)
         .map_err(|_| unexpected())?;

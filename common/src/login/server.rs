@@ -13,20 +13,33 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 use tracing::{info, warn};
+use zeroize::Zeroizing;
 
-use super::{identifiers, key_message, password_context, signature_is_right};
+use super::{
+    database::{Challenge, DatabaseAccounts, PASSWORD_BYTES_MAX},
+    guesses::{Attempt, Guesses},
+    identifiers, key_message, password_context, signature_is_right,
+};
 use crate::{
     access,
     accounts::{AccountsFile, NAME_BYTES_MAX, Suite},
-    connection::{Connection, Identity},
+    connection::{Connection, Identity, Privilege},
     failure::Failure,
+    tls::server::ReloadedTls,
 };
 
 /// Longest wait for each of the client's messages.
 const STEP_MAX: Duration = Duration::from_secs(10);
 
-/// Most log-ins at one time: each costs a core some 0.2 ms, and holds some KiB.
-const LOG_INS_MAX: usize = 16;
+/// Most log-ins at one time: each costs a core some 0.2 ms, and holds some KiB. One peer has no
+/// more than 16 of them (`guesses`).
+const LOG_INS_MAX: usize = 256;
+
+/// Most database log-ins at one time: each is a connection to the donor's server and a thread.
+const DATABASE_LOG_INS_MAX: usize = 16;
+
+/// Longest database log-in; the server drops one that is not done in 10 s (connect_timeout).
+const DATABASE_MAX: Duration = Duration::from_secs(20);
 
 /// How long a failed log-in waits for its answer, so that guessing on one connection is slow.
 const FAILURE_DELAY: Duration = Duration::from_millis(250);
@@ -51,26 +64,85 @@ impl KeyDirectory for NoKeys {
 #[derive(Debug, Clone)]
 pub struct LogInService {
     accounts: Option<Arc<AccountsFile>>,
+    database: Option<Database>,
     keys: Arc<dyn KeyDirectory>,
     places: Arc<Semaphore>,
+    guesses: Guesses,
+}
+
+/// The accounts of the donor's database.
+#[derive(Debug, Clone)]
+pub struct Database {
+    /// Where they are.
+    pub accounts: Arc<dyn DatabaseAccounts>,
+    /// Whose key signs for plaintext connections.
+    pub tls: Option<Arc<ReloadedTls>>,
+    places: Arc<Semaphore>,
+}
+
+impl Database {
+    /// Accounts, and whose key signs for plaintext connections.
+    #[must_use]
+    pub fn new(accounts: Arc<dyn DatabaseAccounts>, tls: Option<Arc<ReloadedTls>>) -> Self {
+        Self { accounts, tls, places: Arc::new(Semaphore::new(DATABASE_LOG_INS_MAX)) }
+    }
+
+    async fn log_in(
+        &self,
+        user: &str,
+        password: Zeroizing<String>,
+    ) -> Result<Vec<Privilege>, Failure> {
+        let late = || {
+            let text = "the donor's database has not answered a log-in in time";
+            Failure::new(Code::Unavailable, "DATABASE_UNREACHABLE", text).mysql(2013)
+        };
+        let place = Arc::clone(&self.places).acquire_owned();
+        let place = tokio::time::timeout(DATABASE_MAX, place).await.map_err(|_| late())?;
+        let (accounts, user) = (Arc::clone(&self.accounts), user.to_owned());
+        let checked = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            accounts.log_in(&user, &password)
+        });
+        let checked = tokio::time::timeout(DATABASE_MAX, checked).await.map_err(|_| late())?;
+        checked.map_err(|e| Failure::bug(format!("a database log-in stopped: {e}")))?
+    }
 }
 
 impl LogInService {
     /// Without an accounts file nobody has to log in, and nobody can.
     #[must_use]
     pub fn new(accounts: Option<Arc<AccountsFile>>, keys: Arc<dyn KeyDirectory>) -> Self {
-        Self { accounts, keys, places: Arc::new(Semaphore::new(LOG_INS_MAX)) }
+        let places = Arc::new(Semaphore::new(LOG_INS_MAX));
+        Self { accounts, database: None, keys, places, guesses: Guesses::default() }
+    }
+
+    /// The same, with accounts of the donor's database instead of a file's.
+    #[must_use]
+    pub fn with_database(self, database: Option<Database>) -> Self {
+        Self { database, ..self }
     }
 
     async fn log_in(
         &self,
         connection: &Connection,
+        attempt: &Attempt,
         requests: &mut Streaming<pb::LogInRequest>,
         answers: &Answers,
     ) -> Result<pb::LoggedIn, Failure> {
         let identity = match next(requests).await? {
             Request::PasswordStart(start) => {
-                self.by_password(connection, start, requests, answers).await?
+                attempt.check_password_allowed()?;
+                let result = match &self.database {
+                    Some(database) => {
+                        by_database(database, connection, start, requests, answers).await
+                    }
+                    None => self.by_password(connection, start, requests, answers).await,
+                };
+                result.inspect_err(|failure| {
+                    if !is_no_guess(failure) {
+                        attempt.failed();
+                    }
+                })?
             }
             Request::KeyStart(start) => self.by_key(connection, start, requests, answers).await?,
             _ => return Err(unexpected()),
@@ -98,10 +170,7 @@ impl LogInService {
         let Some(accounts) = &self.accounts else {
             return Err(no_accounts());
         };
-        let user = start.user;
-        if user.len() > NAME_BYTES_MAX || user.chars().any(char::is_control) {
-            return Err(Failure::invalid("BAD_USER", "the user's name is no account name"));
-        }
+        let user = checked_user(start.user)?;
         let accounts = accounts.current().map_err(|e| {
             warn!(error = %e, "the accounts file cannot be read; nobody can log in");
             Failure::new(Code::Unavailable, "ACCOUNTS_UNREADABLE", "nobody can log in at present")
@@ -165,6 +234,53 @@ impl LogInService {
     }
 }
 
+/// The password goes to the donor's database, which says whether it is right.
+async fn by_database(
+    database: &Database,
+    connection: &Connection,
+    start: pb::PasswordStart,
+    requests: &mut Streaming<pb::LogInRequest>,
+    answers: &Answers,
+) -> Result<Identity, Failure> {
+    let user = checked_user(start.user)?;
+    let tls = database.tls.as_ref().filter(|_| !connection.encrypted()).map(|tls| tls.current());
+    let certified = tls.as_ref().map(|tls| &*tls.certified);
+    let mut challenge = Challenge::new(&user, &start.nonce, certified)?;
+    let message = std::mem::take(&mut challenge.message);
+    answers.send(Response::DatabaseChallenge(message)).await?;
+    let Request::DatabasePassword(answer) = next(requests).await? else {
+        return Err(unexpected());
+    };
+    let password = challenge.open(answer, connection.encrypted())?;
+    // An account without a password lets everybody in.
+    if password.is_empty() || password.len() > PASSWORD_BYTES_MAX || password.contains('\0') {
+        return Err(denied(&user));
+    }
+    let privileges = database.log_in(&user, password).await?;
+    Ok(Identity { user, privileges, snapshot: None })
+}
+
+fn checked_user(user: String) -> Result<String, Failure> {
+    if user.is_empty() || user.len() > NAME_BYTES_MAX || user.chars().any(char::is_control) {
+        return Err(Failure::invalid("BAD_USER", "the user's name is no account name"));
+    }
+    Ok(user)
+}
+
+/// What says nothing of a password that was wrong.
+fn is_no_guess(failure: &Failure) -> bool {
+    let reasons = [
+        "ACCOUNTS_UNREADABLE",
+        "ACCOUNT_LOCKED",
+        "ACCOUNT_WITHOUT_PASSWORD",
+        "BUG",
+        "DATABASE_UNREACHABLE",
+        "PASSWORD_EXPIRED",
+        "PRIVILEGE_REQUIRED",
+    ];
+    reasons.contains(&failure.reason.as_ref())
+}
+
 #[tonic::async_trait]
 impl AuthService for LogInService {
     type LogInStream = ReceiverStream<Result<pb::LogInResponse, Status>>;
@@ -173,11 +289,12 @@ impl AuthService for LogInService {
         &self,
         request: tonic::Request<Streaming<pb::LogInRequest>>,
     ) -> Result<tonic::Response<Self::LogInStream>, Status> {
-        if self.accounts.is_none() {
+        if self.accounts.is_none() && self.database.is_none() {
             return Err(no_accounts().into());
         }
         let connection = access::connection(request.extensions())
             .ok_or_else(|| Failure::bug("a call without its connection"))?;
+        let attempt = self.guesses.begin(connection.peer.ip())?;
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
             let text = format!("{LOG_INS_MAX} log-ins are under way");
             Failure::new(Code::ResourceExhausted, "TOO_MANY_LOG_INS", text)
@@ -188,7 +305,7 @@ impl AuthService for LogInService {
         let (service, answers) = (self.clone(), Answers(sender));
         tokio::spawn(async move {
             let _place: OwnedSemaphorePermit = place;
-            match service.log_in(&connection, &mut requests, &answers).await {
+            match service.log_in(&connection, &attempt, &mut requests, &answers).await {
                 Ok(logged_in) => {
                     info!(user = %logged_in.user, peer = %connection.peer, "logged in");
                     drop(answers.send(Response::LoggedIn(logged_in)).await);

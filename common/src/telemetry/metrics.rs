@@ -6,12 +6,13 @@
 use std::{
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
 
 use prometheus_client::registry::Unit;
 use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
 
-use super::{process::ProcessCollector, rpc::RpcDurations};
+use super::{certificates::CertificateCollector, process::ProcessCollector, rpc::RpcDurations};
 use crate::config::COMMIT;
 
 /// What [`Metrics::encode`] is, for HTTP.
@@ -21,6 +22,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Metrics {
     registry: Mutex<Registry>,
     rpc: RpcDurations,
+    certificates: CertificateCollector,
 }
 
 impl Metrics {
@@ -42,7 +44,19 @@ impl Metrics {
             Unit::Seconds,
             rpc.family(),
         );
-        Self { registry: Mutex::new(registry), rpc }
+        let certificates = CertificateCollector::default();
+        registry.register_collector(Box::new(certificates.clone()));
+        Self { registry: Mutex::new(registry), rpc, certificates }
+    }
+
+    /// Tells when a certificate ends, which is asked for at each scrape; `file` is the option that
+    /// names it.
+    pub fn add_certificate(
+        &self,
+        file: &'static str,
+        expiry: impl Fn() -> Option<SystemTime> + Send + Sync + 'static,
+    ) {
+        self.certificates.add(file, expiry);
     }
 
     /// Adds metrics: full names, with the prefix `marcot_`; the help without a full stop.

@@ -4,18 +4,26 @@ use std::{path::PathBuf, sync::Arc};
 
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
-use super::{Fingerprint, TlsError, Versions, provider, read_certificates, read_error, read_key};
+use super::{
+    Fingerprint, TlsError, Versions, provider, read_certificates, read_error, read_key,
+    read_revocations,
+};
 
 /// What a client believes and shows. Without CA and fingerprint: the system's roots.
 #[derive(Debug, Clone, Default)]
 pub struct ClientTls {
     /// File with the CA certificates that are believed.
     pub ca: Option<PathBuf>,
+    /// File with the lists of certificates that CAs have revoked.
+    pub crl: Option<PathBuf>,
     /// Files with the client's own certificate chain and key.
     pub certificate: Option<(PathBuf, PathBuf)>,
     /// The one certificate that is believed, whoever has signed it.
@@ -32,7 +40,10 @@ impl ClientTls {
     /// Whether something is set that makes plaintext out of the question.
     #[must_use]
     pub fn demands_tls(&self) -> bool {
-        self.ca.is_some() || self.certificate.is_some() || self.fingerprint.is_some()
+        self.ca.is_some()
+            || self.crl.is_some()
+            || self.certificate.is_some()
+            || self.fingerprint.is_some()
     }
 
     /// Reads the files, for TLS 1.3 only.
@@ -45,11 +56,10 @@ impl ClientTls {
         let builder = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(versions.supported())
             .map_err(|e| TlsError::Configuration(e.to_string()))?;
-        let builder = match &self.fingerprint {
-            Some(fingerprint) => builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(Pinned::new(*fingerprint))),
-            None => builder.with_root_certificates(self.roots()?),
+        let builder = if self.fingerprint.is_none() && self.crl.is_none() {
+            builder.with_root_certificates(self.roots()?)
+        } else {
+            builder.dangerous().with_custom_certificate_verifier(self.verifier()?)
         };
         let mut config = match &self.certificate {
             None => builder.with_no_client_auth(),
@@ -63,6 +73,29 @@ impl ClientTls {
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.require_ems = true;
         Ok(Arc::new(config))
+    }
+
+    /// What decides whether a server's certificate is believed.
+    pub(crate) fn verifier(&self) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
+        let by_chain = || -> Result<Arc<WebPkiServerVerifier>, TlsError> {
+            let roots = Arc::new(self.roots()?);
+            let mut builder = WebPkiServerVerifier::builder_with_provider(roots, provider());
+            if let Some(path) = &self.crl {
+                // A list that has run out no longer says who was revoked since.
+                builder = builder
+                    .with_crls(read_revocations("CRL", path)?)
+                    .enforce_revocation_expiration();
+            }
+            builder.build().map_err(|e| TlsError::Configuration(e.to_string()))
+        };
+        match self.fingerprint {
+            None => Ok(by_chain()?),
+            // Whoever gives a list wants no revoked certificate, pinned or not.
+            Some(fingerprint) => {
+                let chain = self.crl.as_ref().map(|_| by_chain()).transpose()?;
+                Ok(Arc::new(Pinned { fingerprint, chain, provider: provider() }))
+            }
+        }
     }
 
     fn roots(&self) -> Result<RootCertStore, TlsError> {
@@ -89,26 +122,31 @@ impl ClientTls {
 #[derive(Debug)]
 struct Pinned {
     fingerprint: Fingerprint,
+    /// Where a revocation list is given: it must be right by its chain as well.
+    chain: Option<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
-}
-
-impl Pinned {
-    fn new(fingerprint: Fingerprint) -> Self {
-        Self { fingerprint, provider: provider() }
-    }
 }
 
 impl ServerCertVerifier for Pinned {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let seen = Fingerprint::of(end_entity);
         if seen == self.fingerprint {
+            if let Some(chain) = &self.chain {
+                chain.verify_server_cert(
+                    end_entity,
+                    intermediates,
+                    server_name,
+                    ocsp_response,
+                    now,
+                )?;
+            }
             return Ok(ServerCertVerified::assertion());
         }
         Err(rustls::Error::General(format!(

@@ -12,14 +12,22 @@ use std::{
 use marcot_common::{
     access::{AccessLayer, Policy, Rule},
     accounts::AccountsFile,
+    connect::DonorConnection,
     connection::Privilege,
     listener::Listener,
-    login::server::{KeyDirectory, LogInService, NoKeys},
-    tls::{self, Fingerprint, Versions, server::ServerTls},
+    login::{
+        DatabaseAccounts,
+        server::{Database, KeyDirectory, LogInService, NoKeys},
+    },
+    tls::{
+        self, Fingerprint, Versions,
+        server::{ReloadedTls, ServerTls, ServerTlsFiles},
+    },
 };
-use marcot_proto::auth::v1::auth_service_server::AuthServiceServer;
+use marcot_proto::auth::v1::auth_service_server::{AuthService, AuthServiceServer};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber, date_time_ymd,
 };
 use rustls::{
     SupportedProtocolVersion,
@@ -28,6 +36,7 @@ use rustls::{
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server as TonicServer;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// A server that has log-in, health, and a rule for every method of the donor.
 pub struct Server {
@@ -44,23 +53,76 @@ impl Server {
         Self::start_with_keys(tls, accounts, Arc::new(NoKeys), false).await
     }
 
+    pub async fn start_reloaded(tls: Arc<ReloadedTls>) -> Self {
+        Self::start_all(Some(tls), None, Arc::new(NoKeys), false).await
+    }
+
     pub async fn start_with_keys(
         tls: Option<ServerTls>,
         accounts: Option<&Path>,
         keys: Arc<dyn KeyDirectory>,
         require_tls: bool,
     ) -> Self {
-        let fingerprint = tls.as_ref().map(|tls| tls.fingerprint);
+        let tls = tls.map(|tls| Arc::new(ReloadedTls::from(tls)));
+        Self::start_all(tls, accounts, keys, require_tls).await
+    }
+
+    async fn start_all(
+        tls: Option<Arc<ReloadedTls>>,
+        accounts: Option<&Path>,
+        keys: Arc<dyn KeyDirectory>,
+        require_tls: bool,
+    ) -> Self {
+        let fingerprint = tls.as_ref().map(|tls| tls.current().fingerprint);
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), tls).await.unwrap();
         let address = listener.local_address().unwrap();
-        let stop = CancellationToken::new();
         let file = accounts.map(|path| Arc::new(AccountsFile::open(path).unwrap()));
-        let policy = Policy { accounts: file.is_some(), require_tls, rules: RULES };
+        let policy = Policy {
+            accounts: file.is_some(),
+            identities: None,
+            require_tls,
+            allow_from: Vec::new(),
+            rules: RULES,
+        };
+        let log_in = AuthServiceServer::new(LogInService::new(file, keys));
+        Self::serve(listener, address, fingerprint, policy, log_in)
+    }
+
+    /// A server whose accounts are those of a database.
+    pub async fn start_with_database(
+        tls: Option<ServerTls>,
+        accounts: Arc<dyn DatabaseAccounts>,
+    ) -> Self {
+        let fingerprint = tls.as_ref().map(|tls| tls.fingerprint);
+        let tls = tls.map(|tls| Arc::new(ReloadedTls::from(tls)));
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), tls.clone()).await.unwrap();
+        let address = listener.local_address().unwrap();
+        let database = Some(Database::new(accounts, tls));
+        let log_in = LogInService::new(None, Arc::new(NoKeys)).with_database(database);
+        let log_in = AuthServiceServer::new(log_in);
+        Self::serve(listener, address, fingerprint, open_policy(), log_in)
+    }
+
+    /// A server without TLS whose log-in is another's.
+    pub async fn start_log_in<S: AuthService>(log_in: AuthServiceServer<S>) -> Self {
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), None).await.unwrap();
+        let address = listener.local_address().unwrap();
+        Self::serve(listener, address, None, open_policy(), log_in)
+    }
+
+    fn serve<S: AuthService>(
+        listener: Listener,
+        address: SocketAddr,
+        fingerprint: Option<Fingerprint>,
+        policy: Policy,
+        log_in: AuthServiceServer<S>,
+    ) -> Self {
+        let stop = CancellationToken::new();
         let (_, health) = tonic_health::server::health_reporter();
         let server = TonicServer::builder()
             .layer(AccessLayer(Arc::new(policy)))
             .add_service(health)
-            .add_service(AuthServiceServer::new(LogInService::new(file, keys)));
+            .add_service(log_in);
         let incoming = listener.incoming(stop.clone());
         tokio::spawn(server.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
         Self { address, fingerprint, stop }
@@ -68,6 +130,16 @@ impl Server {
 
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+}
+
+fn open_policy() -> Policy {
+    Policy {
+        accounts: false,
+        identities: None,
+        require_tls: false,
+        allow_from: Vec::new(),
+        rules: RULES,
     }
 }
 
@@ -109,24 +181,53 @@ impl Pki {
     }
 
     pub fn server(&self, names: &[&str]) -> ServerTls {
-        let (certificate, key) = self.sign(names, 2049);
-        tls::server::load(&certificate, &key, None).unwrap()
+        self.files(names, 2049).load().unwrap()
     }
 
     pub fn expired_server(&self, names: &[&str]) -> ServerTls {
-        let (certificate, key) = self.sign(names, 2002);
-        tls::server::load(&certificate, &key, None).unwrap()
+        self.files(names, 2002).load().unwrap()
     }
 
     pub fn server_with_client_ca(&self, names: &[&str]) -> ServerTls {
-        let (certificate, key) = self.sign(names, 2049);
-        tls::server::load(&certificate, &key, Some(&self.ca())).unwrap()
+        let files = self.files(names, 2049);
+        ServerTlsFiles { client_ca: Some(self.ca()), ..files }.load().unwrap()
     }
 
     /// A server that takes the versions that are named.
     pub fn server_with(&self, names: &[&str], versions: Versions) -> ServerTls {
-        let (certificate, key) = self.sign(names, 2049);
-        tls::server::load_with(&certificate, &key, None, versions).unwrap()
+        ServerTlsFiles { versions, ..self.files(names, 2049) }.load().unwrap()
+    }
+
+    /// Chain and key of a server that ends in that year.
+    pub fn files(&self, names: &[&str], year: i32) -> ServerTlsFiles {
+        let (certificate, key) = self.sign(names, year);
+        ServerTlsFiles::new(certificate, key)
+    }
+
+    /// Lists a certificate as revoked, or none; the list ends in that year.
+    pub fn revoke(&self, certificate: Option<&Path>, year: i32) -> PathBuf {
+        let serial = certificate.map(|path| {
+            let der = CertificateDer::from_pem_file(path).unwrap();
+            let (_, certificate) = X509Certificate::from_der(&der).unwrap();
+            SerialNumber::from_slice(certificate.raw_serial())
+        });
+        let revoked = serial.map(|serial_number| RevokedCertParams {
+            serial_number,
+            revocation_time: date_time_ymd(2001, 2, 1),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2001, 2, 1),
+            next_update: date_time_ymd(year, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.into_iter().collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let path = self.directory.path().join(format!("{}.crl", uuid::Uuid::new_v4()));
+        std::fs::write(&path, list.signed_by(&self.issuer).unwrap().pem().unwrap()).unwrap();
+        path
     }
 
     /// A server that shows a certificate of whose key it knows nothing.
@@ -138,15 +239,15 @@ impl Pki {
         let key = PrivateKeyDer::from_pem_file(&other_key).unwrap();
         let key = provider.key_provider.load_private_key(key).unwrap();
         let chain = vec![CertificateDer::from_pem_file(&certificate).unwrap()];
-        let shown =
-            rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(chain, key));
+        let certified = Arc::new(rustls::sign::CertifiedKey::new(chain, key));
+        let shown = rustls::sign::SingleCertAndKey::from(Arc::clone(&certified));
         let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(shown));
         config.alpn_protocols = vec![b"h2".to_vec()];
-        ServerTls { config: Arc::new(config), fingerprint }
+        ServerTls { config: Arc::new(config), fingerprint, certified }
     }
 
     /// A server as other people configure theirs: one version, any protocols inside.
@@ -161,18 +262,27 @@ impl Pki {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let chain: Result<Vec<_>, _> =
             CertificateDer::pem_file_iter(&certificate).unwrap().collect();
+        let chain = chain.unwrap();
+        let secret = || PrivateKeyDer::from_pem_file(&key).unwrap();
+        let certified = rustls::sign::CertifiedKey::from_der(chain.clone(), secret(), &provider);
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[version])
             .unwrap()
             .with_no_client_auth()
-            .with_single_cert(chain.unwrap(), PrivateKeyDer::from_pem_file(&key).unwrap())
+            .with_single_cert(chain, secret())
             .unwrap();
         config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        ServerTls { config: Arc::new(config), fingerprint }
+        let certified = Arc::new(certified.unwrap());
+        ServerTls { config: Arc::new(config), fingerprint, certified }
     }
 
     pub fn client(&self) -> (PathBuf, PathBuf) {
         self.sign(&["client"], 2049)
+    }
+
+    /// A client that ends in that year.
+    pub fn client_until(&self, year: i32) -> (PathBuf, PathBuf) {
+        self.sign(&["client"], year)
     }
 
     fn sign(&self, names: &[&str], year: i32) -> (PathBuf, PathBuf) {
@@ -188,4 +298,11 @@ impl Pki {
         std::fs::write(path("key"), key.serialize_pem()).unwrap();
         (path("pem"), path("key"))
     }
+}
+
+/// Asks for a server's health on a connection.
+pub async fn ask_health(connection: &DonorConnection) -> Result<(), tonic::Status> {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    let mut client = HealthClient::new(connection.channel.clone());
+    client.check(HealthCheckRequest { service: String::new() }).await.map(|_| ())
 }

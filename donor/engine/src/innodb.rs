@@ -1,29 +1,34 @@
-//! Engine `innodb`: a live MariaDB server.
+//! Engine `innodb`: a live MariaDB or MySQL server; it is asked which.
 //!
 //! ```text
 //! redo follower   C ------------------------------------------------> T
 //! FILE COPY       all files, pages checked; again what changed
 //! PAGE COPY         pages changed since C, when redo outgrew the log
-//! the cut                                        BACKUP STAGE ... BLOCK_COMMIT: T, coordinates
+//! the cut                                        backup locks, log_status: T, coordinates
 //! REDO COPY                                        redo C..T, what was read under the locks
 //! ```
 //!
 //! The clone is a fuzzy copy of the tablespaces and the redo that makes it whole: the stock server
 //! starts on it by its ordinary crash recovery, as of T.
 
-pub mod frm;
+pub mod accounts;
 pub mod health;
+pub mod mariadb;
+pub mod mysql;
 pub mod page;
-pub mod redo;
+pub mod paths;
 pub mod replica;
 
+mod backup_lock;
 mod classify;
-mod cut;
+mod deletions;
+mod early;
+mod flavor;
 mod follower;
 mod late;
-mod log_file;
 mod point;
 mod redo_file;
+mod redo_log;
 mod sabotage;
 mod server;
 mod snapshot;
@@ -60,7 +65,7 @@ pub(super) struct EngineShared {
     spool_directory: PathBuf,
     quota: u64,
     follower: Follower,
-    /// BACKUP STAGE is one per server: cuts come one after another.
+    /// MariaDB has one BACKUP STAGE per server: cuts come one after another.
     cuts: Mutex<()>,
 }
 
@@ -94,7 +99,7 @@ impl Engine for InnodbEngine {
     }
 
     fn describe(&self) -> Result<ServerDescription, Failure> {
-        let facts = Facts::ask(&mut self.shared.server.connect()?)?;
+        let facts = Facts::ask(&self.shared.server, &mut self.shared.server.connect()?)?;
         Ok(ServerDescription {
             version: facts.version.clone(),
             page_size: facts.page_size,

@@ -13,7 +13,17 @@ mod options;
 pub use innodb::DatabaseConfig;
 pub use options::EngineOptions;
 
-use std::{collections::BTreeMap, fmt, fs::File, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use marcot_common::{
     entry::{Attributes, Entry, FileId, Totals},
@@ -21,6 +31,7 @@ use marcot_common::{
     position::Position,
 };
 use marcot_proto::common::v1::{ConsistencyLevel, Coordinates};
+use tonic::Code;
 
 /// Makes snapshots of one data directory.
 pub trait Engine: fmt::Debug + Send + Sync {
@@ -61,6 +72,42 @@ pub struct SnapshotOptions {
     pub block_ddl: bool,
     /// Longest wait for the backup lock.
     pub ddl_timeout: Option<Duration>,
+    /// Whether anyone still waits for the snapshot to be opened.
+    pub waiting: Waiting,
+}
+
+/// Tells an engine that opens a snapshot that nobody waits for it any more.
+#[derive(Debug, Clone, Default)]
+pub struct Waiting(Arc<AtomicBool>);
+
+/// While it lives someone waits.
+#[derive(Debug)]
+pub struct WaitingGuard(Waiting);
+
+impl SnapshotOptions {
+    /// Says that someone waits for one more snapshot, for as long as what is returned lives.
+    #[must_use]
+    pub fn begin_to_wait(&mut self) -> WaitingGuard {
+        self.waiting = Waiting::default();
+        WaitingGuard(self.waiting.clone())
+    }
+}
+
+impl Waiting {
+    /// Fails once nobody waits.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.0.load(Ordering::Relaxed) {
+            let text = "nobody waits for the snapshot any more";
+            return Err(Failure::new(Code::Cancelled, "CANCELLED", text));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for WaitingGuard {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A frozen view of a data directory, at a stage and round. Dropping it frees all that it holds.

@@ -10,7 +10,7 @@ use crate::{DatabaseConfig, ENGINE_NAMES, EngineConfig};
 /// Which engine, and what it works with.
 #[derive(Debug, Clone, clap::Args)]
 pub struct EngineOptions {
-    /// How the data directory is read: `innodb` for a running MariaDB server, `files` for a
+    /// How the data directory is read: `innodb` for a running MariaDB or MySQL server, `files` for a
     /// directory that nobody writes.
     #[arg(long, default_value = "files", env = "MARCOT_ENGINE")]
     pub engine: String,
@@ -40,6 +40,9 @@ pub struct EngineOptions {
     /// File that holds its password; none for an account that is known by its socket.
     #[arg(long, value_name = "FILE", env = "MARCOT_DATABASE_PASSWORD_FILE")]
     pub database_password_file: Option<PathBuf>,
+    /// Clone a MySQL server of a version that no test has run: 8.0.30 and later.
+    #[arg(long, env = "MARCOT_ALLOW_UNTESTED_VERSION")]
+    pub allow_untested_version: bool,
 }
 
 impl EngineOptions {
@@ -68,6 +71,7 @@ impl EngineOptions {
                 url: self.database_url.clone(),
                 user: self.database_user.clone(),
                 password,
+                allow_untested_version: self.allow_untested_version,
             },
         })
     }

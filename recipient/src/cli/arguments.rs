@@ -24,12 +24,24 @@ pub(super) struct Arguments {
     /// File with the account's password [default: $MARCOT_PASSWORD, or a prompt].
     #[arg(long, global = true, value_name = "FILE")]
     pub(super) password_file: Option<PathBuf>,
+    /// File with a token that the recipient knows, instead of an account.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "MARCOT_TOKEN_FILE",
+        conflicts_with = "user"
+    )]
+    pub(super) token_file: Option<PathBuf>,
     /// Require TLS, as https:// does.
     #[arg(long, global = true)]
     pub(super) tls: bool,
     /// CA of the recipient's certificate; requires TLS.
     #[arg(long, global = true, value_name = "FILE", env = "MARCOT_CA_FILE")]
     pub(super) ca_file: Option<PathBuf>,
+    /// Certificates that CAs have revoked; requires TLS.
+    #[arg(long, global = true, value_name = "FILE", env = "MARCOT_CRL_FILE")]
+    pub(super) crl_file: Option<PathBuf>,
     /// SHA-256 fingerprint of the recipient's certificate; requires TLS.
     #[arg(long, global = true, value_name = "SHA256")]
     pub(super) fingerprint: Option<String>,
@@ -54,6 +66,13 @@ pub(super) enum Format {
     Text,
     /// One JSON document.
     Json,
+}
+
+/// How much of a copy is checked once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Verify {
+    /// All of it is read from the disk again.
+    Full,
 }
 
 #[derive(Debug, Subcommand)]
@@ -94,10 +113,28 @@ pub(super) enum Command {
         /// Name or id.
         name: String,
     },
-    /// Go on with a paused clone.
+    /// Go on with a clone that is paused, waits for a password, or failed since its donor was away.
     Resume {
-        /// Name or id.
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
         name: String,
+        /// The donor account's password, where it is asked for: the first line of this file, else
+        /// $MARCOT_DONOR_PASSWORD, else a prompt.
+        #[arg(long, value_name = "FILE")]
+        donor_password_file: Option<PathBuf>,
+        /// The replication account's password, of a clone that was to attach a replica: likewise,
+        /// with $MARCOT_REPLICATION_PASSWORD.
+        #[arg(long, value_name = "FILE")]
+        replication_password_file: Option<PathBuf>,
+    },
+    /// Check a clone's directory against the certificate in it, past the page cache. Exit codes: 0
+    /// intact, 1 damaged, 3 a server has run on it since, and changed it.
+    Verify {
+        /// The directory, on this host; or clones/ID, which the recipient reads.
+        what: PathBuf,
+        /// The Ed25519 key that must have signed it, hexadecimal, as `verify` prints it.
+        #[arg(long, value_name = "KEY")]
+        signer: Option<String>,
     },
     /// Install a clone that waits for its server to be stopped.
     Install {
@@ -251,6 +288,10 @@ pub(super) struct StartOptions {
     /// An older copy on the recipient's host: only what differs from it comes over the network.
     #[arg(long, value_name = "DIR")]
     pub(super) reuse: Option<PathBuf>,
+    /// How much is checked once more before the copy is installed; full: all of it is read from the
+    /// disk again.
+    #[arg(long, value_name = "HOW")]
+    pub(super) verify: Option<Verify>,
     /// Block DDL on the donor's server for the whole clone (clone_block_ddl).
     #[arg(long)]
     pub(super) block_ddl: bool,

@@ -13,7 +13,12 @@ use marcot_proto::{
         validate_clone_request::Request as Asked,
     },
 };
-use tonic::transport::Channel;
+use tonic::{
+    Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::Channel,
+};
 use zeroize::Zeroizing;
 
 use super::{
@@ -22,13 +27,46 @@ use super::{
     secret,
 };
 
-pub(super) type Api = RecipientServiceClient<Channel>;
+pub(super) type Api = RecipientServiceClient<InterceptedService<Channel, Token>>;
+
+/// Goes with each call, where the recipient knows this caller by one.
+#[derive(Clone, Default)]
+pub(super) struct Token(Option<MetadataValue<Ascii>>);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+impl Token {
+    fn read(arguments: &Arguments) -> Result<Self, Failure> {
+        let Some(file) = &arguments.token_file else { return Ok(Self::default()) };
+        let token = secret::read(Some(file), "", "")?;
+        let mut value =
+            format!("Bearer {}", token.trim()).parse::<MetadataValue<Ascii>>().map_err(|_| {
+                Failure::invalid("BAD_TOKEN", format!("{} holds no token", file.display()))
+            })?;
+        value.set_sensitive(true);
+        Ok(Self(Some(value)))
+    }
+}
+
+impl Interceptor for Token {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// A client of the recipient.
 #[derive(Debug)]
 pub(super) struct Client {
     options: ConnectOptions,
     user: Option<(String, Zeroizing<String>)>,
+    token: Token,
     api: Api,
     /// Encrypted, or never leaves this host.
     confidential: bool,
@@ -46,13 +84,15 @@ impl Client {
                 Some((user.clone(), secret::read(file, "MARCOT_PASSWORD", &prompt)?))
             }
         };
-        let (api, confidential) = open(&options, user.as_ref()).await?;
-        Ok(Self { options, user, api, confidential })
+        let token = Token::read(arguments)?;
+        let (api, confidential) = open(&options, user.as_ref(), &token).await?;
+        Ok(Self { options, user, token, api, confidential })
     }
 
     /// Connects once more.
     pub(super) async fn reconnect(&mut self) -> Result<(), Failure> {
-        (self.api, self.confidential) = open(&self.options, self.user.as_ref()).await?;
+        (self.api, self.confidential) =
+            open(&self.options, self.user.as_ref(), &self.token).await?;
         Ok(())
     }
 
@@ -109,6 +149,7 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
     let fingerprint = arguments.fingerprint.as_deref().map(Fingerprint::parse).transpose();
     let tls = ClientTls {
         ca: arguments.ca_file.clone(),
+        crl: arguments.crl_file.clone(),
         certificate: arguments.cert.clone().zip(arguments.key.clone()),
         fingerprint: fingerprint
             .map_err(|e| Failure::invalid("BAD_FINGERPRINT", format!("--fingerprint: {e}")))?,
@@ -123,19 +164,28 @@ fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
 async fn open(
     options: &ConnectOptions,
     user: Option<&(String, Zeroizing<String>)>,
+    token: &Token,
 ) -> Result<(Api, bool), Failure> {
     // The library speaks of donors; here the other end is a recipient.
     let connection = connect(options).await.map_err(of_recipient)?;
     if let Some((user, password)) = user {
         let mut client = AuthServiceClient::new(connection.channel.clone());
-        match log_in_with_password(&mut client, &connection.security, user, password).await {
+        match log_in_with_password(&mut client, &connection.security, user, password, None).await {
             Ok(_) => {}
             Err(failure) if failure.reason == "NO_ACCOUNTS" => {}
             Err(failure) => return Err(failure),
         }
     }
     let confidential = connection.security.encrypted || connection.peer.ip().is_loopback();
-    Ok((Api::new(connection.channel), confidential))
+    if token.0.is_some() && !confidential {
+        return Err(Failure::precondition(
+            "SECRET_IN_CLEAR",
+            "the connection to the recipient is not encrypted, and the token would cross the network \
+             in clear; give the recipient a certificate, or run this on its host",
+        )
+        .mysql(3159));
+    }
+    Ok((RecipientServiceClient::with_interceptor(connection.channel, token.clone()), confidential))
 }
 
 /// `connect` speaks of a donor and its options.
@@ -143,12 +193,16 @@ fn of_recipient(mut failure: Failure) -> Failure {
     let text = failure.message.strip_prefix("donor: ").unwrap_or(&failure.message);
     let text = [
         ("or clone with REQUIRE NO SSL", "or write http:// before its address"),
+        ("--ssl-crl", "--crl-file"),
         ("--ssl-ca", "--ca-file"),
         ("--ssl-cert", "--cert"),
         ("--ssl-key", "--key"),
         ("--donor-fingerprint", "--fingerprint"),
         ("Marcot donor", "Marcot recipient"),
         ("which the donor prints", "which the recipient prints"),
+        ("on the donor", "on the recipient"),
+        ("to the donor by", "to the recipient by"),
+        ("the donor needs", "the recipient needs"),
     ]
     .into_iter()
     .fold(text.to_owned(), |text, (donors, recipients)| text.replace(donors, recipients));

@@ -8,11 +8,12 @@ use marcot_common::{
 };
 use marcot_proto::recipient::v1::{
     Clone, Finding, FindingStatus, InstallStep, Leftover, StageProgress, State,
-    ValidateCloneResponse,
+    ValidateCloneResponse, VerifyCloneResponse,
 };
 use serde_json::{Value, json};
 
 use super::output::{say, stage_name};
+use crate::certificate::hexadecimal;
 
 pub(super) fn print(value: &Value) {
     say!("{value:#}");
@@ -94,8 +95,23 @@ pub(super) fn clone(clone: &Clone) -> Value {
             "keep_until": install.keep_until.map(time),
             "generation": install.generation,
         })),
+        "certificate_digest": hexadecimal(&clone.certificate_digest),
+        "resumes": clone.resumes,
         "left_out": clone.left_out,
         "trace_id": clone.trace_id,
+    })
+}
+
+pub(super) fn verification(found: &VerifyCloneResponse) -> Value {
+    json!({
+        "intact": found.intact,
+        "modified_by_server": found.modified_by_server,
+        "differences": found.differences,
+        "server_evidence": found.server_evidence,
+        "files": found.files,
+        "bytes": found.bytes,
+        "certificate_digest": hexadecimal(&found.certificate_digest),
+        "signer": found.signer,
     })
 }
 
@@ -170,8 +186,4 @@ fn state(state: i32) -> String {
 pub(super) fn time(timestamp: prost_types::Timestamp) -> String {
     let time = Timestamp::try_from(system_time(timestamp)).unwrap_or_default();
     time.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

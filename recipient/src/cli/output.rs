@@ -5,10 +5,12 @@ use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{
         Clone, Finding, FindingStatus, Install, Leftover, State, ValidateCloneResponse,
+        VerifyCloneResponse,
     },
 };
 
 use super::json;
+use crate::certificate::hexadecimal;
 
 /// Prints a line. A reader that has gone away, as in `marcot list | head`, is no error.
 macro_rules! say {
@@ -67,6 +69,9 @@ impl Output {
             );
         }
         say!("  {}", summary(clone));
+        if let Some(line) = effort_line(clone) {
+            say!("  {}", clean(&line));
+        }
         if let Some(install) = &clone.install {
             say!("  {}", clean(&install_line(install)));
         }
@@ -108,6 +113,34 @@ impl Output {
             say!("{}", clean(&finding_line(finding)));
         }
         say!("{}", if answer.valid { "valid" } else { "not valid" });
+    }
+
+    pub(super) fn verification(self, found: &VerifyCloneResponse) {
+        if self.json {
+            json::print(&json::verification(found));
+            return;
+        }
+        for difference in &found.differences {
+            say!("  {}", clean(difference));
+        }
+        for evidence in &found.server_evidence {
+            say!("  server: {}", clean(evidence));
+        }
+        let what = match (found.intact, found.modified_by_server) {
+            (true, _) => "intact",
+            (false, true) => "modified by a server since it was cloned, which is no damage",
+            (false, false) => "DAMAGED",
+        };
+        let signed = match found.signer.as_str() {
+            "" => "not signed".to_owned(),
+            key => format!("signed by {}", clean(key)),
+        };
+        say!(
+            "{what}: {} files, {} read; certificate {}, {signed}",
+            found.files,
+            human_bytes(found.bytes),
+            hexadecimal(&found.certificate_digest)
+        );
     }
 
     pub(super) fn leftovers(self, leftovers: &[Leftover]) {
@@ -196,6 +229,26 @@ fn install_line(install: &Install) -> String {
     format!("install: {step}, generation {}{kept}", install.generation)
 }
 
+/// What was tried again, what came twice and what did not have to come; `None` when there is nothing
+/// of it to tell.
+pub(super) fn effort_line(clone: &Clone) -> Option<String> {
+    let mut parts = Vec::new();
+    if clone.retries > 0 {
+        let (times, cause) = (clone.retries, &clone.last_retry_cause);
+        parts.push(format!("tried again {times} times (last: {cause})"));
+    }
+    if clone.resent_bytes > 0 {
+        parts.push(format!("{} sent again", human_bytes(clone.resent_bytes)));
+    }
+    if clone.reused_bytes > 0 {
+        parts.push(format!("{} reused", human_bytes(clone.reused_bytes)));
+    }
+    if clone.resumes > 0 {
+        parts.push(format!("gone on {} times", clone.resumes));
+    }
+    Some(parts.join(", ")).filter(|line| !line.is_empty())
+}
+
 fn summary(clone: &Clone) -> String {
     let encrypted = match clone.encrypted {
         Some(true) => format!(", encrypted ({})", clone.cipher),
@@ -281,5 +334,27 @@ pub(super) fn human_seconds(seconds: u64) -> String {
         (0, 0, s) => format!("{s} s"),
         (0, m, s) => format!("{m} min {s} s"),
         (h, m, _) => format!("{h} h {m} min"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_tried_again_is_told_with_its_cause() {
+        assert_eq!(effort_line(&Clone::default()), None);
+        let clone = Clone {
+            retries: 2,
+            last_retry_cause: "donor: reset".to_owned(),
+            resent_bytes: 3 << 20,
+            reused_bytes: 5 << 20,
+            resumes: 1,
+            ..Clone::default()
+        };
+        let line = effort_line(&clone).unwrap();
+        let told = "tried again 2 times (last: donor: reset), 3.00 MiB sent again, 5.00 MiB reused, \
+                    gone on 1 times";
+        assert_eq!(line, told);
     }
 }

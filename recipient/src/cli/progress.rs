@@ -11,7 +11,7 @@ use marcot_proto::{
     recipient::v1::{Clone, StageProgress, State},
 };
 
-use super::output::{clean, human_bytes, human_seconds, stage_name};
+use super::output::{clean, effort_line, human_bytes, human_seconds, stage_name};
 
 /// Least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -116,6 +116,9 @@ fn describe(clone: &Clone, row: &StageProgress) -> String {
     }
     if let Some(eta) = &clone.eta {
         text.push_str(&format!(", {} left", human_seconds(eta.seconds.unsigned_abs())));
+    }
+    if let Some(effort) = effort_line(clone) {
+        text.push_str(&format!(", {}", clean(&effort)));
     }
     if !clone.stall_reason.is_empty() {
         text.push_str(&format!(", {}", clean(&clone.stall_reason)));

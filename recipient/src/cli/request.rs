@@ -11,11 +11,12 @@ use marcot_common::{
 };
 use marcot_proto::recipient::v1::{
     AttachReplica, CloneInstanceRequest, CloneLimits, CloneLocalRequest, CloneOptions,
-    CloneStatementRequest, Compression, SslMode, validate_clone_request::Request as Asked,
+    CloneStatementRequest, Compression, SslMode, Verification,
+    validate_clone_request::Request as Asked,
 };
 
 use super::{
-    arguments::{DonorOptions, StartCommand, StartOptions},
+    arguments::{DonorOptions, StartCommand, StartOptions, Verify},
     caret, secret,
 };
 
@@ -112,6 +113,11 @@ impl StartOptions {
             preserve_owners: self.preserve_owners,
             expected_generation: self.expected_generation.clone().unwrap_or_default(),
             block_ddl: self.block_ddl,
+            verification: match self.verify {
+                Some(Verify::Full) => Verification::Full,
+                None => Verification::Unspecified,
+            }
+            .into(),
             reuse_directory: self.reuse.as_deref().map(path_bytes).unwrap_or_default(),
             ddl_timeout: self.ddl_timeout.map(duration_to_wire),
             limits: self.concurrency.map(|concurrency| CloneLimits {

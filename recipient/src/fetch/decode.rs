@@ -26,10 +26,6 @@ const PREFIX_BYTES: usize = 5;
 /// Most bytes of a message before its payload: `EXTENTS_MAX` extents of at most 35 bytes.
 const HEAD_BYTES_MAX: usize = 320 << 10;
 
-/// Longest silence in a stream. The donor sends a chunk as soon as it has one, and keepalive finds
-/// a dead connection sooner; this ends a donor that lives and sends nothing.
-pub const SILENCE_MAX: Duration = Duration::from_secs(120);
-
 const CHUNK_KEY: u8 = (1 << 3) | 2;
 const PAYLOAD_KEY: u64 = (15 << 3) | 2;
 
@@ -47,6 +43,9 @@ pub enum ReadFrame {
 /// Reads frames.
 pub struct FrameReader {
     body: Body,
+    /// Longest silence: the donor sends a chunk as soon as it has one, and keepalive finds a dead
+    /// connection sooner; this ends a donor that lives and sends nothing.
+    stall_timeout: Duration,
     pieces: VecDeque<Bytes>,
     buffered: usize,
     network_bytes: u64,
@@ -54,7 +53,7 @@ pub struct FrameReader {
 
 impl FrameReader {
     /// Reads a response; one that is an error already is that error.
-    pub fn new(response: http::Response<Body>) -> Result<Self, Failure> {
+    pub fn new(response: http::Response<Body>, stall_timeout: Duration) -> Result<Self, Failure> {
         if let Some(status) = Status::from_header_map(response.headers())
             && status.code() != tonic::Code::Ok
         {
@@ -72,6 +71,7 @@ impl FrameReader {
         }
         Ok(Self {
             body: response.into_body(),
+            stall_timeout,
             pieces: VecDeque::new(),
             buffered: 0,
             network_bytes: 0,
@@ -189,16 +189,17 @@ impl FrameReader {
     /// Receives one piece; false at the end of a stream that ended well.
     async fn receive(&mut self) -> Result<bool, Failure> {
         loop {
-            let frame =
-                tokio::time::timeout(SILENCE_MAX, self.body.frame()).await.map_err(|_| {
+            let frame = tokio::time::timeout(self.stall_timeout, self.body.frame()).await.map_err(
+                |_| {
                     Failure::new(
                         tonic::Code::Unavailable,
                         "STALLED",
-                        format!("the donor sent nothing for {} s", SILENCE_MAX.as_secs()),
+                        format!("the donor sent nothing for {:?}", self.stall_timeout),
                     )
                     .mysql(1159)
                     .from_donor()
-                })?;
+                },
+            )?;
             match frame {
                 None => return Ok(false),
                 Some(Err(status)) => return Err(Failure::from_status(&status).from_donor()),

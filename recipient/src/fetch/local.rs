@@ -53,8 +53,9 @@ pub fn follow(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<()
             let (file_id, mut at) = (file.file_id.0, file.durable);
             let length = reader.size().saturating_sub(at).min(FOLLOW_BYTES);
             let end = at + length;
+            let (staging, progress) = (&context.staging, &context.progress);
             let mut writer =
-                GrowingWriter::open(&context.staging, &context.progress, file, length)?;
+                GrowingWriter::open(staging, progress, &context.growing, file, length)?;
             while at < end {
                 let length = (end - at).min(READ_BYTES);
                 let mut buffer = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -63,7 +64,7 @@ pub fn follow(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<()
                 context.progress.verified_bytes.add(length);
                 at += length;
             }
-            writer.finish(&context.growing)?;
+            writer.finish(&context.growing, context.journal.as_deref())?;
         }
         if is_last {
             return Ok(());
@@ -93,7 +94,7 @@ fn copy_unit(
             }
         }
     }
-    context.progress.note_unfinished(writer.finish()?)
+    context.finish(writer)
 }
 
 fn copy_part(

@@ -1,9 +1,12 @@
 //! A stream from a donor: its own connection, ReadRanges calls, checked bytes into staging.
 
+use std::sync::Arc;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
 use marcot_common::{failure::Failure, telemetry::propagation::inject};
 use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
 use prost::Message as _;
+use tokio::task::JoinHandle;
 use tonic::{body::Body, transport::Channel};
 use tower::{Service as _, ServiceExt as _};
 use tracing::Span;
@@ -19,8 +22,8 @@ use crate::{
     growing::GrowingWriter,
     plan::Unit,
     retry::Patience,
-    reuse::BLOCK_BYTES,
-    writer::{ChunkSink, UnitWriter},
+    reuse::{BLOCK_BYTES, Known, Reuse},
+    writer::{ChunkSink, UnitWriter, known_of},
 };
 
 /// Calls in a row that may end without a byte; a donor that is merely draining sends some.
@@ -70,9 +73,10 @@ pub async fn follow(
             let length = FOLLOW_BYTES;
             let request = options.request(context, vec![range(file_id, offset, length)]);
             let (staging, progress) = (&context.staging, &context.progress);
-            let mut writer = GrowingWriter::open(staging, progress, file, length)?;
+            let mut writer =
+                GrowingWriter::open(staging, progress, &context.growing, file, length)?;
             let read = read_call(link, &request, context, &mut writer).await;
-            let written = writer.finish(&context.growing)?;
+            let written = writer.finish(&context.growing, context.journal.as_deref())?;
             if read.is_ok() || written > 0 {
                 patience.progress();
             }
@@ -94,16 +98,45 @@ pub async fn follow(
     }
 }
 
-/// Copies units until the plan has no more.
+/// Copies units until the plan has no more. Where there is something to compare, the next unit is
+/// hashed on another thread while this one receives the present one.
 pub async fn copy_units(
     link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
 ) -> Result<(), Failure> {
-    while let Some(unit) = context.plan.next()? {
-        copy_unit(link, options, context, &unit).await?;
+    let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) else {
+        while let Some(unit) = context.plan.next()? {
+            copy_unit(link, options, context, &unit, Vec::new()).await?;
+        }
+        return Ok(());
+    };
+    let mut next = hash_next(context, reuse)?;
+    while let Some(hashing) = next {
+        let hashed = hashing.await;
+        let (unit, known) =
+            hashed.unwrap_or_else(|e| Err(Failure::bug(format!("hashing stopped: {e}"))))?;
+        next = hash_next(context, reuse)?;
+        copy_unit(link, options, context, &unit, known).await?;
     }
     Ok(())
+}
+
+/// A unit, and what is staged of its parts.
+type Hashed = (Unit, Vec<Known>);
+
+/// Begins to hash what is staged of the plan's next unit. The stream's runtime waits for it: nothing is
+/// written to staging after the stream's end.
+fn hash_next(
+    context: &FetchContext,
+    reuse: &Arc<Reuse>,
+) -> Result<Option<JoinHandle<Result<Hashed, Failure>>>, Failure> {
+    let Some(unit) = context.plan.next()? else { return Ok(None) };
+    let (staging, reuse) = (Arc::clone(&context.staging), Arc::clone(reuse));
+    Ok(Some(tokio::task::spawn_blocking(move || {
+        let known = known_of(&staging, &unit, &reuse)?;
+        Ok((unit, known))
+    })))
 }
 
 /// What a call that was cut has written stays; the next one goes on after it.
@@ -112,11 +145,10 @@ async fn copy_unit(
     options: &ReadOptions,
     context: &FetchContext,
     unit: &Unit,
+    known: Vec<Known>,
 ) -> Result<(), Failure> {
-    let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
-    if let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) {
-        writer.reuse(reuse)?;
-    }
+    let writer = UnitWriter::new(&context.staging, &context.progress, unit);
+    let mut writer = writer.with_digests(context.journal.is_some()).with_known(known);
     let mut patience = context.patience();
     let mut empty_calls = 0;
     while let Some((part, offset)) = writer.awaited()? {
@@ -152,7 +184,7 @@ async fn copy_unit(
             Err(failure) => pause_after(failure, &mut patience, link, context).await?,
         }
     }
-    context.progress.note_unfinished(writer.finish()?)
+    context.finish(writer)
 }
 
 fn range(file_id: u64, offset: u64, length: u64) -> pb::Range {
@@ -181,7 +213,7 @@ async fn read_call(
 ) -> Result<(), Failure> {
     let read = async {
         let channel = link.channel().await?;
-        let mut frames = FrameReader::new(call(channel, request).await?)?;
+        let mut frames = FrameReader::new(call(channel, request).await?, context.stall_timeout)?;
         let read = read_frames(&mut frames, context, writer).await;
         // What came of a chunk that was cut, or wrong, comes again.
         let left = frames.take_network_bytes();

@@ -7,8 +7,14 @@ use std::path::Path;
 
 use marcot_common::{durable::write_atomically, failure::Failure};
 
+use crate::sabotage;
+
 /// File in a data directory. Engines leave it out of clones.
-const FILE: &str = ".marcot-generation";
+pub const FILE: &str = ".marcot-generation";
+
+/// File in a data directory whose data were removed for a clone that is not there yet: a server that
+/// starts on it would make new, empty data. Engines leave it out of clones.
+pub const DISCARDED_FILE: &str = ".marcot-discarded";
 
 /// The generation of data that no clone has put there.
 const INITIAL: &str = "initial";
@@ -28,8 +34,24 @@ pub fn of(data_directory: &Path) -> String {
 /// Writes a tree's generation, durable when this returns.
 pub fn write(tree: &Path, clone_id: &str) -> Result<(), Failure> {
     let path = tree.join(FILE);
+    let text = format!("{clone_id}\n");
+    if sabotage::leaves_out("generation") {
+        return std::fs::write(&path, text).map_err(|e| Failure::io("write", &path, &e));
+    }
+    write_atomically(&path, text.as_bytes(), 0o644).map_err(|e| Failure::io("write", &path, &e))
+}
+
+/// Says that the data go for a clone, durable when this returns.
+pub fn mark_discarded(data_directory: &Path, clone_id: &str) -> Result<(), Failure> {
+    let path = data_directory.join(DISCARDED_FILE);
     write_atomically(&path, format!("{clone_id}\n").as_bytes(), 0o644)
         .map_err(|e| Failure::io("write", &path, &e))
+}
+
+/// Whether the data were removed for a clone that is not there yet.
+#[must_use]
+pub fn was_discarded(data_directory: &Path) -> bool {
+    data_directory.join(DISCARDED_FILE).symlink_metadata().is_ok()
 }
 
 /// Refuses to replace another generation than the caller has named.

@@ -4,7 +4,7 @@
 //! variables, and the keys and certificates that it has made for itself.
 
 use std::{
-    fs::{File, Permissions},
+    fs::{File, Metadata, Permissions},
     io,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::Path,
@@ -12,7 +12,8 @@ use std::{
 
 use marcot_common::failure::Failure;
 
-use super::{locks::TreeLocks, place::INNER_DIRECTORY};
+use super::{generation, locks::TreeLocks, mounts::refuse_mounts_in, place::INNER_DIRECTORY};
+use crate::{label::Label, sabotage};
 
 /// Files at the top of a data directory that are the server's own.
 const FILES: [&str; 11] = [
@@ -32,46 +33,65 @@ const FILES: [&str; 11] = [
 /// Largest file that is taken for one of them: a keyring of thousands of keys.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
+/// Whether the identity of a tree can be carried over: told before anything is copied.
+pub fn check(old: &Path) -> Result<(), Failure> {
+    FILES.iter().try_for_each(|name| found(&old.join(name)).map(drop))
+}
+
+/// A file of the identity; an error when it is nothing that can be carried over.
+fn found(path: &Path) -> Result<Option<Metadata>, Failure> {
+    match path.symlink_metadata() {
+        Ok(metadata) if metadata.is_file() && metadata.len() <= FILE_BYTES_MAX => {
+            Ok(Some(metadata))
+        }
+        Ok(_) => Err(Failure::precondition(
+            "IDENTITY_FILE",
+            format!(
+                "{} is no regular file of at most {FILE_BYTES_MAX} bytes, so it cannot be carried \
+                 over to the clone; make it one, or move it away",
+                path.display()
+            ),
+        )),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Failure::io("look at", path, &e)),
+    }
+}
+
 /// Makes the new tree's identity that of the old tree; durable when this returns.
 pub fn carry(old: &Path, new: &Path) -> Result<(), Failure> {
     for name in FILES {
         let (from, to) = (old.join(name), new.join(name));
-        match from.symlink_metadata() {
-            Ok(metadata) if metadata.is_file() && metadata.len() <= FILE_BYTES_MAX => {
-                copy(&from, &to, &metadata).map_err(|e| Failure::io("carry over", &from, &e))?;
-            }
-            Ok(_) => {
-                return Err(Failure::precondition(
-                    "IDENTITY_FILE",
-                    format!(
-                        "{} is no regular file of at most {FILE_BYTES_MAX} bytes, so it cannot be \
-                         carried over to the clone; make it one, or move it away",
-                        from.display()
-                    ),
-                ));
-            }
-            // The donor's must not stay in its place.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => match std::fs::remove_file(&to) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Failure::io("remove", &to, &e)),
-            },
-            Err(e) => return Err(Failure::io("look at", &from, &e)),
+        if let Some(metadata) = found(&from)? {
+            copy(&from, &to, &metadata).map_err(|e| Failure::io("carry over", &from, &e))?;
+            continue;
         }
+        // The donor's must not stay in its place.
+        match std::fs::remove_file(&to) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::io("remove", &to, &e));
+            }
+            _ => {}
+        }
+    }
+    if sabotage::leaves_out("identity") {
+        return Ok(());
     }
     let sync = || File::open(new)?.sync_all();
     sync().map_err(|e| Failure::io("sync directory", new, &e))
 }
 
 /// Removes all that is in a data directory but the server's identity, and what an install keeps
-/// there. Its server must have been stopped.
-pub fn discard_all_else(data_directory: &Path) -> Result<(), Failure> {
+/// there. Its server must have been stopped; a mark keeps it so.
+pub fn discard_all_else(data_directory: &Path, clone_id: &str) -> Result<(), Failure> {
     let _locks = TreeLocks::take(data_directory)?;
+    refuse_mounts_in(data_directory)?;
+    generation::mark_discarded(data_directory, clone_id)?;
     let failed = |e: io::Error| Failure::io("empty", data_directory, &e);
     for entry in std::fs::read_dir(data_directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
-        let stays = name == INNER_DIRECTORY || FILES.iter().any(|file| name == *file);
+        let kept = [INNER_DIRECTORY, generation::DISCARDED_FILE, "lost+found"];
+        let stays = kept.iter().chain(&FILES).any(|file| name == *file);
         if stays {
             continue;
         }
@@ -85,7 +105,7 @@ pub fn discard_all_else(data_directory: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-fn copy(from: &Path, to: &Path, metadata: &std::fs::Metadata) -> io::Result<()> {
+fn copy(from: &Path, to: &Path, metadata: &Metadata) -> io::Result<()> {
     match std::fs::remove_file(to) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -93,8 +113,11 @@ fn copy(from: &Path, to: &Path, metadata: &std::fs::Metadata) -> io::Result<()> 
     std::fs::copy(from, to)?;
     let file = File::open(to)?;
     std::os::unix::fs::fchown(&file, Some(metadata.uid()), Some(metadata.gid()))?;
+    if let Some(label) = Label::of(from) {
+        label.give(&file)?;
+    }
     file.set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
-    file.sync_all()
+    if sabotage::leaves_out("identity") { Ok(()) } else { file.sync_all() }
 }
 
 #[cfg(test)]
@@ -120,5 +143,8 @@ mod tests {
         assert!(!new.join("server-key.pem").exists());
         assert!(new.join("ibdata1").exists());
         assert_eq!(std::fs::read_to_string(old.join("auto.cnf")).unwrap(), "mine");
+        check(&old).unwrap();
+        std::os::unix::fs::symlink("/nowhere", old.join("ca.pem")).unwrap();
+        assert_eq!(check(&old).unwrap_err().reason, "IDENTITY_FILE");
     }
 }

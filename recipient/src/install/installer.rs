@@ -3,10 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use marcot_common::failure::Failure;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tracing::{info, warn};
 
-use super::{replacement::Replacement, step::Step};
+use super::{
+    generation,
+    hold::hold,
+    reconcile::{Action, Standing},
+    replacement::Replacement,
+    step::Step,
+};
 use crate::{
     server_control::{FirstStart, ServerControl},
     source::blocking,
@@ -20,6 +27,8 @@ pub struct Installer {
     pub control: Arc<dyn ServerControl>,
     /// Longest recovery of a server on a new tree.
     pub health_limit: Duration,
+    /// Cancelled when this process ends: the server ends with it, and nothing is concluded from that.
+    pub leaving: CancellationToken,
     /// Told after every step.
     pub tell: Box<dyn Fn(&Replacement) + Send + Sync>,
 }
@@ -33,10 +42,14 @@ impl std::fmt::Debug for Installer {
 impl Installer {
     /// From `Staged` to `Opened`. After an error the old data stand, and their server runs.
     pub async fn install(&self) -> Result<(), Failure> {
+        // What would not do afterwards is not worth a stop.
+        self.with(|replacement| replacement.claim()).await?;
+        self.check_leaving()?;
         if let Err(failure) = self.control.stop().await {
             // It may be on its way down all the same.
             return Err(self.start_again(failure).await);
         }
+        self.hold_between("server_stopped").await?;
         if let Err(failure) = self.put_in_place().await {
             let failure = self.bring_back(failure).await?;
             return Err(self.start_again(failure).await);
@@ -44,9 +57,18 @@ impl Installer {
         self.bring_up().await
     }
 
+    /// Where nothing of ours keeps a server that somebody else starts away.
+    async fn hold_between(&self, name: &'static str) -> Result<(), Failure> {
+        blocking(move || {
+            hold(name);
+            Ok(())
+        })
+        .await
+    }
+
     /// `Staged` to `InPlace`: the server is stopped.
     pub async fn put_in_place(&self) -> Result<(), Failure> {
-        self.step(|replacement| replacement.put_in_place()).await
+        self.with(|replacement| replacement.put_in_place()).await
     }
 
     /// `Staged` to `InPlace` without a server to start: a person starts it.
@@ -62,32 +84,47 @@ impl Installer {
         result
     }
 
+    /// From wherever a start has found it, to `Opened`.
+    pub async fn go_on(&self) -> Result<(), Failure> {
+        if self.with(|replacement| replacement.action()).await? == Action::Install {
+            self.install().await
+        } else {
+            self.bring_up().await
+        }
+    }
+
     /// From `InPlace`, or wherever it was after that, to `Opened`.
-    pub async fn bring_up(&self) -> Result<(), Failure> {
+    async fn bring_up(&self) -> Result<(), Failure> {
         if let Err(failure) = self.prove().await {
+            // The next start goes on.
+            self.check_leaving()?;
             return Err(self.roll_back(failure).await);
         }
-        // Before it is opened: from here on there may be writes that a roll-back would lose.
-        self.record(Step::Opened).await?;
-        self.control.open().await.map_err(|failure| Failure {
-            message: format!(
-                "the clone is in place and its server was healthy, but could not be opened to \
-                 everybody: {}; the old data are kept: `marcot rollback` brings them back",
-                failure.message
-            ),
-            ..failure
-        })?;
-        Ok(())
+        self.control.open().await.map_err(|failure| match self.check_leaving() {
+            Err(leaving) => leaving,
+            Ok(()) => Failure {
+                message: format!(
+                    "the clone is in place and its server was healthy, but could not be opened to \
+                     everybody: {}; the old data are kept: `marcot rollback` brings them back",
+                    failure.message
+                ),
+                ..failure
+            },
+        })
     }
 
     async fn prove(&self) -> Result<(), Failure> {
         self.replacement.unlock_trees();
+        self.hold_between("unlocked").await?;
         if self.replacement.step() < Step::Healthy {
+            self.check_leaving()?;
             self.control.start(FirstStart::Yes).await?;
             if self.replacement.step() < Step::Started {
                 self.record(Step::Started).await?;
             }
-            let health = self.control.wait_healthy(self.health_limit).await?;
+            let health = self.control.wait_healthy(self.health_limit);
+            let health = self.leaving.run_until_cancelled(health).await;
+            let health = health.unwrap_or_else(|| Err(leaves()))?;
             info!(
                 version = %health.version,
                 schemas = health.schemas,
@@ -97,7 +134,9 @@ impl Installer {
             );
             self.record(Step::Healthy).await?;
         }
-        Ok(())
+        // Before it is opened: from here on there may be writes that a roll-back would lose.
+        self.check_leaving()?;
+        self.record(Step::Opened).await
     }
 
     /// Stops the server, brings the old data back, and starts it on them. Returns the failure, which
@@ -115,33 +154,70 @@ impl Installer {
 
     /// By a caller's wish, from `Opened` as well.
     pub async fn roll_back_on_request(&self) -> Result<(), Failure> {
-        self.control.stop().await?;
-        self.step(|replacement| replacement.put_back()).await?;
-        self.replacement.unlock_trees();
-        self.control.start(FirstStart::No).await
+        self.with(|replacement| replacement.claim()).await?;
+        if let Err(failure) = self.control.stop().await {
+            return Err(self.start_again(failure).await);
+        }
+        match self.with(|replacement| replacement.put_back()).await {
+            Ok(()) => {
+                self.replacement.unlock_trees();
+                self.control.start(FirstStart::No).await
+            }
+            Err(failure) => Err(self.roll_back_failed(failure).await),
+        }
     }
 
     /// As `roll_back_on_request`, where a person starts the server.
     pub async fn put_back_without_server(&self) -> Result<(), Failure> {
-        let result = self.step(|replacement| replacement.put_back()).await;
+        let result = self.with(|replacement| replacement.put_back()).await;
         self.replacement.unlock_trees();
-        result
+        result.map_err(|failure| match self.clone_stands() {
+            true => failure,
+            false => half_back(failure),
+        })
+    }
+
+    /// Where nothing has moved the server runs on, else it stays stopped.
+    async fn roll_back_failed(&self, failure: Failure) -> Failure {
+        if self.clone_stands() {
+            return self.start_again(failure).await;
+        }
+        self.replacement.unlock_trees();
+        half_back(failure)
+    }
+
+    fn clone_stands(&self) -> bool {
+        self.replacement.step() <= Step::Opened
+            && self.replacement.standing().is_ok_and(|standing| standing == Standing::New)
     }
 
     /// Brings the old data back; the failure then says so. `Err`: they could not be brought back.
     async fn bring_back(&self, failure: Failure) -> Result<Failure, Failure> {
-        match self.step(|replacement| replacement.put_back()).await {
-            Ok(()) => Ok(Failure {
+        let put_back = self.with(|replacement| replacement.put_back()).await;
+        let stands = self.replacement.standing().is_ok_and(|standing| standing == Standing::Old);
+        match put_back {
+            // Where they stand, a record that could not be made changes nothing.
+            Err(second) if !stands => Err(unfinished(failure, &second)),
+            _ => Ok(Failure {
                 message: format!("{}; the old data are back in their place", failure.message),
                 ..failure
             }),
-            Err(second) => Err(unfinished(failure, &second)),
         }
     }
 
+    /// Starts the server on what stands, in the way that this is to be started.
     async fn start_again(&self, failure: Failure) -> Failure {
         self.replacement.unlock_trees();
-        match self.control.start(FirstStart::No).await {
+        if generation::was_discarded(&self.replacement.place.data_directory) {
+            let message = format!(
+                "{}; the old data were discarded, so the server stays stopped until another clone \
+                 is installed",
+                failure.message
+            );
+            return Failure { message, ..failure };
+        }
+        warn!(error = %failure, "the server is started again on what stands");
+        match self.control.start(self.replacement.first_start()).await {
             Ok(()) => failure,
             Err(start) => Failure {
                 message: format!(
@@ -154,13 +230,17 @@ impl Installer {
     }
 
     async fn record(&self, step: Step) -> Result<(), Failure> {
-        self.step(move |replacement| replacement.record(step)).await
+        self.with(move |replacement| replacement.record(step)).await
     }
 
-    async fn step(
+    fn check_leaving(&self) -> Result<(), Failure> {
+        if self.leaving.is_cancelled() { Err(leaves()) } else { Ok(()) }
+    }
+
+    async fn with<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Replacement) -> Result<(), Failure> + Send + 'static,
-    ) -> Result<(), Failure> {
+        work: impl FnOnce(&Replacement) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
         let replacement = Arc::clone(&self.replacement);
         let result = blocking(move || work(&replacement)).await;
         (self.tell)(&self.replacement);
@@ -168,12 +248,39 @@ impl Installer {
     }
 }
 
+const LEAVES: &str = "RECIPIENT_STOPS";
+
+/// The recipient ends in the middle of an install; its next start goes on.
+fn leaves() -> Failure {
+    Failure::new(
+        Code::Unavailable,
+        LEAVES,
+        "the recipient stops; the install goes on when it starts",
+    )
+}
+
+/// Whether an install was only left, by a process that ends.
+#[must_use]
+pub fn was_left(failure: &Failure) -> bool {
+    failure.reason == LEAVES
+}
+
 /// Neither tree could be brought into place: what is there is left as it is.
 fn unfinished(first: Failure, second: &Failure) -> Failure {
     let message = format!(
-        "{}; and the old data could not be brought back: {}. Nothing is lost: the next start of \
-         marcot-recipient brings them back",
+        "{}; and the old data could not be brought back: {}. Nothing is lost: `marcot rollback`, or \
+         the next start of marcot-recipient, brings them back",
         first.message, second.message
     );
     Failure { message, code: Code::Internal, reason: "INSTALL_UNFINISHED".into(), ..first }
+}
+
+/// A roll-back that somebody has asked for stopped on its way.
+fn half_back(failure: Failure) -> Failure {
+    let message = format!(
+        "the old data are on their way back, and the server is stopped: {}. Nothing is lost: `marcot \
+         rollback`, or the next start of marcot-recipient, goes on",
+        failure.message
+    );
+    Failure { message, code: Code::Internal, reason: "INSTALL_UNFINISHED".into(), ..failure }
 }

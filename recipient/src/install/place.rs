@@ -11,6 +11,7 @@ use rustix::{
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::staging::STAGING_PREFIX;
 
@@ -38,6 +39,12 @@ impl Form {
         }
     }
 
+    /// The form of that name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::Exchange, Self::Move].into_iter().find(|form| form.name() == name)
+    }
+
     /// The form that this data directory allows: `Exchange` where one rename can do it.
     pub fn of(data_directory: &Path) -> Result<Self, Failure> {
         let parent = data_directory.parent().unwrap_or(Path::new("/"));
@@ -57,7 +64,8 @@ impl Form {
     }
 }
 
-fn is_mount_point(path: &Path) -> Result<bool, Failure> {
+/// Whether a directory is the root of what is mounted there.
+pub fn is_mount_point(path: &Path) -> Result<bool, Failure> {
     let failed = |e: Errno| Failure::io("look at", path, &e.into());
     let flags = AtFlags::empty();
     let stat = rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).map_err(failed)?;
@@ -156,6 +164,27 @@ impl Place {
         }
         found.sort_by(|a, b| a.staging.file_name().cmp(&b.staging.file_name()));
         found
+    }
+}
+
+/// Makes the directory that the form `move` works in.
+pub fn make_inner(inner: &Path) -> Result<(), Failure> {
+    match rustix::fs::mkdir(inner, rustix::fs::Mode::RWXU) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(e) => Err(Failure::io("create directory", inner, &e.into())),
+    }
+}
+
+/// Removes the directory that the form `move` works in, once it is empty.
+pub fn remove_inner(data_directory: &Path) {
+    match std::fs::remove_dir(data_directory.join(INNER_DIRECTORY)) {
+        Ok(()) => {}
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::DirectoryNotEmpty
+            ) => {}
+        Err(e) => warn!(error = %e, "{INNER_DIRECTORY} is left in the data directory"),
     }
 }
 

@@ -18,7 +18,9 @@ pub enum Standing {
 /// What is to be done before a server may start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The old tree stands; the clone goes, or waits if it was to wait.
+    /// The old tree stands, the clone is whole: it is installed, or waits if it was to wait.
+    Install,
+    /// The old tree stands; the clone goes.
     LetGo,
     /// The old tree is brought back; the clone goes.
     BringBack,
@@ -41,8 +43,8 @@ pub fn decide(last: Step, standing: Standing) -> Action {
     use Standing::{Between, New, Old, Other};
     match (last, standing) {
         (_, Other) => Action::Refuse,
-        (Step::Staged | Step::Stopped, Old) => Action::LetGo,
-        (Step::Exchanging, Old) => Action::LetGo,
+        (Step::Staged, Old) => Action::Install,
+        (Step::Stopped | Step::Exchanging, Old) => Action::LetGo,
         // The rename was made, its record was not.
         (Step::Exchanging, New) => Action::GoOn,
         (Step::SettingAside | Step::PuttingIn, Between) => Action::BringBack,
@@ -74,6 +76,9 @@ mod tests {
                 let state = format!("{} {standing:?}: {action:?}", last.name());
                 if action == Action::RemoveOld {
                     assert_eq!((last, standing), (Step::Accepted, Standing::New), "{state}");
+                }
+                if action == Action::Install {
+                    assert_eq!((last, standing), (Step::Staged, Standing::Old), "{state}");
                 }
                 if action == Action::LetGo {
                     assert_eq!(standing, Standing::Old, "{state}");

@@ -4,9 +4,10 @@
 //! * A step is in the journal, on the disk, before what it names is begun.
 //! * From `Stopped` on, the locks of both trees are held whenever trees move.
 //! * The old tree is removed at `Accepted` and never before.
+//! * Nothing is moved or removed while the trees stand where no step has put them.
 
 use std::{
-    ffi::OsStr,
+    io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -19,53 +20,38 @@ use marcot_common::{
     time,
 };
 use marcot_proto::recipient::v1 as pb;
-use serde::{Deserialize, Serialize};
-use tonic::Code;
 use tracing::{info, warn};
 
 use super::{
-    generation, identity,
+    generation,
+    hold::hold,
+    identity,
     locks::{TreeLocks, server_on},
-    place::{self, Form, INNER_DIRECTORY, Place},
-    reconcile::Standing,
+    mounts::refuse_mounts_in,
+    place::{Form, Place, remove_inner},
+    reconcile::{Action, Standing, decide},
+    recorded::{At, Plan, REPLICATES, Recorded, encode, is_of, name_of},
     step::Step,
     trees,
 };
-use crate::{
-    journal::{Journal, Record},
-    staging::Staging,
-};
+use crate::{journal::Journal, sabotage, server_control::FirstStart, staging::Staging};
 
-/// Holds an install at a step that is in the journal and not acted on, for tests that kill the
-/// recipient there: `STEP:FILE`, which waits until FILE has gone.
-const HOLD_VARIABLE: &str = "MARCOT_TEST_HOLD_AT";
+/// More than all records of an install have, however often it is tried.
+const JOURNAL_BYTES: u64 = 16 << 10;
 
-/// Milliseconds of rest at every step, for tests that kill the recipient at any moment.
-const PAUSE_VARIABLE: &str = "MARCOT_TEST_STEP_PAUSE";
-
-/// What the first record tells.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Plan {
+/// What an install goes by.
+#[derive(Debug, Clone)]
+pub struct Wishes {
     /// The clone's id.
     pub clone: String,
-    /// How the trees change places.
-    pub form: Form,
-    /// Name of the data directory in its parent: a volume may be mounted elsewhere after a restart.
-    pub name: Vec<u8>,
-    /// Inode of the old tree.
-    pub old_inode: u64,
-    /// Inode of the new tree.
-    pub new_inode: u64,
-    /// Whether the staged tree waits for a person to stop the server.
+    /// Whether a person has to stop the server first.
     pub waits: bool,
+    /// Whether there are data that are replaced.
+    pub had_data: bool,
+    /// Whether the server is to be made a replica afterwards.
+    pub attaches: bool,
     /// How long the old tree is kept once the new one is open; `None`: until it is accepted.
-    pub keep_old_seconds: Option<u64>,
-}
-
-/// What every record tells.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct At {
-    unix_seconds: u64,
+    pub keep_old: Option<Duration>,
 }
 
 /// An install.
@@ -81,98 +67,84 @@ pub struct Replacement {
 #[derive(Debug)]
 struct State {
     journal: Journal,
-    step: Step,
-    since: SystemTime,
-    /// When it was opened.
-    opened: Option<SystemTime>,
+    recorded: Recorded,
     locks: Vec<TreeLocks>,
     alone: Option<InUse>,
 }
 
 impl Replacement {
     /// Begins an install of the tree that is staged at `place`: step `Staged`.
-    pub fn create(
-        place: Place,
-        clone: &str,
-        waits: bool,
-        keep_old: Option<Duration>,
-    ) -> Result<Self, Failure> {
+    pub fn create(place: Place, wishes: &Wishes) -> Result<Self, Failure> {
         let plan = Plan {
-            clone: clone.to_owned(),
+            clone: wishes.clone.clone(),
             form: place.form,
             name: name_of(&place.data_directory),
             old_inode: inode(&place.data_directory)?,
             new_inode: inode(&place.new_tree())?,
-            waits,
-            keep_old_seconds: keep_old.map(|keep| keep.as_secs()),
+            waits: wishes.waits,
+            had_data: wishes.had_data,
+            attaches: wishes.attaches,
+            keep_old_seconds: wishes.keep_old.map(|keep| keep.as_secs()),
         };
-        generation::write(&place.new_tree(), clone)?;
-        let journal = Journal::create(&place.journal())?;
-        let now = SystemTime::now();
-        let replacement = Self {
-            place,
+        generation::write(&place.new_tree(), &plan.clone)?;
+        // Under its own name once the first record is in it: one without any tells of no install.
+        let (journal_path, new_path) = (place.journal(), place.staging.join("journal-new"));
+        let mut journal = Journal::create(&new_path)?;
+        journal.reserve(JOURNAL_BYTES);
+        journal.append(Step::Staged as u8, &encode(&plan)?)?;
+        rustix::fs::rename(&new_path, &journal_path)
+            .map_err(|e| Failure::io("name the journal", &journal_path, &e.into()))?;
+        if !sabotage::leaves_out("journal-create") {
+            trees::sync_directory(&place.staging)?;
+        }
+        let recorded = Recorded {
             plan: plan.clone(),
-            state: Mutex::new(State {
-                journal,
-                step: Step::Staged,
-                since: now,
-                opened: None,
-                locks: Vec::new(),
-                alone: None,
-            }),
+            step: Step::Staged,
+            since: SystemTime::now(),
+            opened: None,
+            replicates: false,
         };
-        replacement.append(Step::Staged, &encode(&plan)?)?;
+        let state = State { journal, recorded, locks: Vec::new(), alone: None };
+        let replacement = Self { place, plan, state: Mutex::new(state) };
+        replacement.tell(Step::Staged);
         Ok(replacement)
     }
 
-    /// Reads the install in a staging directory; `None` when its journal tells of none.
+    /// Opens the install in a staging directory, to go on with it; `None` when its journal tells of
+    /// none.
     pub fn open(place: Place) -> Result<Option<Self>, Failure> {
         let (journal, records) = Journal::open(&place.journal())?;
-        let Some(first) = records.first() else {
+        let Some(recorded) = Recorded::of(&records, &place)? else {
             return Ok(None);
         };
-        let plan: Plan = decode(first, &place)?;
-        let (mut step, mut since, mut opened) = (Step::Staged, SystemTime::UNIX_EPOCH, None);
-        for record in &records[1..] {
-            let Some(next) = Step::of(record.kind) else { continue };
-            let at: At = decode(record, &place)?;
-            step = next;
-            since = SystemTime::UNIX_EPOCH + Duration::from_secs(at.unix_seconds);
-            if step == Step::Opened {
-                opened = Some(since);
-            }
-        }
-        let state = State { journal, step, since, opened, locks: Vec::new(), alone: None };
+        let plan = recorded.plan.clone();
+        let state = State { journal, recorded, locks: Vec::new(), alone: None };
         Ok(Some(Self { place, plan, state: Mutex::new(state) }))
     }
 
     /// The last step.
     #[must_use]
     pub fn step(&self) -> Step {
-        self.lock().step
+        self.lock().recorded.step
     }
 
-    /// Whether the staging directory must stay: it holds a tree that somebody may want.
+    /// Whether it is neither accepted nor rolled back, and holds a tree that somebody may want.
     #[must_use]
-    pub fn must_stay(&self) -> bool {
-        match self.step() {
-            Step::Staged => self.plan.waits,
-            Step::Stopped | Step::Accepted => false,
-            _ => true,
-        }
+    pub fn is_pending(&self) -> bool {
+        self.lock().recorded.is_pending()
     }
 
     /// When the old tree goes by itself: only once the new one was open for its time.
     #[must_use]
     pub fn keep_until(&self) -> Option<SystemTime> {
-        let opened = self.lock().opened?;
+        let opened = self.lock().recorded.opened?;
         Some(opened + Duration::from_secs(self.plan.keep_old_seconds?))
     }
 
     /// Whether the new tree has ever been open to everybody.
     #[must_use]
     pub fn was_opened(&self) -> bool {
-        self.lock().opened.is_some()
+        self.lock().recorded.opened.is_some()
     }
 
     /// The staged tree waits again, after an install that was undone.
@@ -185,7 +157,7 @@ impl Replacement {
     pub fn to_wire(&self) -> pb::Install {
         let (step, since) = {
             let state = self.lock();
-            (state.step, state.since)
+            (state.recorded.step, state.recorded.since)
         };
         let keeps = matches!(step, Step::InPlace | Step::Started | Step::Healthy | Step::Opened);
         let form = match self.place.form {
@@ -209,7 +181,13 @@ impl Replacement {
     pub fn standing(&self) -> Result<Standing, Failure> {
         match self.place.form {
             Form::Exchange => {
-                let here = inode(&self.place.data_directory)?;
+                let path = &self.place.data_directory;
+                let here = match path.metadata() {
+                    Ok(metadata) => metadata.ino(),
+                    // Somebody has moved it away.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Standing::Other),
+                    Err(e) => return Err(Failure::io("look at", path, &e)),
+                };
                 Ok(match here {
                     here if here == self.plan.old_inode => Standing::Old,
                     here if here == self.plan.new_inode => Standing::New,
@@ -227,31 +205,104 @@ impl Replacement {
         }
     }
 
-    /// Records a step, durable when this returns.
-    pub fn record(&self, step: Step) -> Result<(), Failure> {
-        let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.append(step, &encode(&At { unix_seconds: at.as_secs() })?)
+    /// What a start would do with it.
+    pub fn action(&self) -> Result<Action, Failure> {
+        Ok(decide(self.step(), self.standing()?))
     }
 
-    fn append(&self, step: Step, payload: &[u8]) -> Result<(), Failure> {
+    /// Which tree stands; an error when that is where no step has put it.
+    fn known_standing(&self) -> Result<Standing, Failure> {
+        let (step, standing) = (self.step(), self.standing()?);
+        if decide(step, standing) == Action::Refuse { Err(self.refused()) } else { Ok(standing) }
+    }
+
+    /// The failure of an install whose trees somebody else has moved.
+    #[must_use]
+    pub fn refused(&self) -> Failure {
+        Failure::precondition(
+            "TREES_MOVED",
+            format!(
+                "the install of clones/{} in {} was at step {}, and what stands there now is not \
+                 what that step has put there: somebody has moved it, so nothing is touched; {} \
+                 holds the other tree: move the right one into place, then remove the rest",
+                self.plan.clone,
+                self.place.data_directory.display(),
+                self.step().name(),
+                self.place.staging.display()
+            ),
+        )
+    }
+
+    /// Records a step, durable when this returns.
+    pub fn record(&self, step: Step) -> Result<(), Failure> {
+        let now = SystemTime::now();
+        let at = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let payload = encode(&At { unix_seconds: at.as_secs() })?;
         let mut state = self.lock();
-        state.journal.append(step as u8, payload)?;
-        state.step = step;
-        state.since = SystemTime::now();
+        state.journal.append(step as u8, &payload)?;
+        state.recorded.step = step;
+        state.recorded.since = now;
         if step == Step::Opened {
-            state.opened = Some(state.since);
+            state.recorded.opened.get_or_insert(now);
         }
         drop(state);
+        self.tell(step);
+        Ok(())
+    }
+
+    /// The server on the new tree has been made a replica: it replicates after its next start too.
+    pub fn note_replicates(&self) -> Result<(), Failure> {
+        let mut state = self.lock();
+        state.journal.append(REPLICATES, &[])?;
+        state.recorded.replicates = true;
+        Ok(())
+    }
+
+    /// Fails when the server was to be made a replica, and has not been: nobody has stored the
+    /// password.
+    pub fn check_attached(&self) -> Result<(), Failure> {
+        if !self.plan.attaches || self.lock().recorded.replicates {
+            return Ok(());
+        }
+        Err(Failure::precondition(
+            "NOT_ATTACHED",
+            "the clone is installed and its server is open, but the recipient stopped before it was \
+             made a replica, and the password is stored nowhere: CHANGE MASTER with the clone's \
+             coordinates (`marcot get` shows the statement)",
+        ))
+    }
+
+    /// How a server is to be started on what stands in the data directory (R13).
+    #[must_use]
+    pub fn first_start(&self) -> FirstStart {
+        let state = self.lock();
+        match (state.recorded.step, state.recorded.replicates) {
+            (Step::InPlace | Step::Started | Step::Healthy, _) => FirstStart::Yes,
+            (Step::Opened, false) => FirstStart::Opened,
+            (Step::Opened, true) => FirstStart::Replica,
+            _ => FirstStart::No,
+        }
+    }
+
+    fn tell(&self, step: Step) {
         info!(clone = %self.plan.clone, step = step.name(), form = self.place.form.name(), "install");
-        hold(step);
+        hold(step.name());
+    }
+
+    /// Marks the data directory as one that is being replaced, until `unlock_trees`.
+    pub fn claim(&self) -> Result<(), Failure> {
+        let mut state = self.lock();
+        if state.alone.is_none() {
+            state.alone = take_alone(&self.place.data_directory)?;
+        }
         Ok(())
     }
 
     /// The server has been stopped: takes the locks of both trees (R11).
     pub fn lock_trees(&self) -> Result<(), Failure> {
+        self.claim()?;
         let mut state = self.lock();
         if state.locks.is_empty() {
-            state.alone = take_alone(&self.place.data_directory)?;
             let place = &self.place;
             let mut trees = vec![place.data_directory.clone(), place.new_tree(), place.old_tree()];
             // In form `exchange` the last two are one.
@@ -271,6 +322,7 @@ impl Replacement {
 
     /// The new tree takes the data directory's place: `Stopped` to `InPlace`.
     pub fn put_in_place(&self) -> Result<(), Failure> {
+        self.known_standing()?;
         self.lock_trees()?;
         self.record(Step::Stopped)?;
         let place = &self.place;
@@ -292,46 +344,73 @@ impl Replacement {
 
     /// The old tree comes back, from whatever step: to `RolledBack`.
     pub fn put_back(&self) -> Result<(), Failure> {
-        self.lock_trees()?;
-        let place = &self.place;
-        match place.form {
-            Form::Exchange => {
-                if self.standing()? == Standing::New {
-                    self.record(Step::ExchangingBack)?;
-                    trees::exchange(&place.data_directory, &place.new_tree())?;
-                }
-            }
-            Form::Move => {
-                // Before `PuttingIn` nothing of the new tree is in the data directory, and what is
-                // still there is the old tree's.
-                let has_new = !matches!(
-                    self.step(),
-                    Step::Staged | Step::Stopped | Step::SettingAside | Step::PuttingBack
-                );
-                if has_new {
-                    self.record(Step::TakingOut)?;
-                    trees::take_out(&place.data_directory, &place.new_tree(), &place.strays())?;
-                }
-                if !matches!(self.step(), Step::Staged | Step::Stopped) {
-                    self.record(Step::PuttingBack)?;
-                    trees::put_in(&place.old_tree(), &place.data_directory, &place.strays())?;
-                }
+        let standing = self.known_standing()?;
+        if standing == Standing::Old {
+            // What a crash has cut may stand, and not be durable yet.
+            self.sync_places()?;
+        } else {
+            self.lock_trees()?;
+            match self.place.form {
+                Form::Exchange => self.exchange_back(standing)?,
+                Form::Move => self.move_back()?,
             }
         }
         self.record(Step::RolledBack)
     }
 
+    fn exchange_back(&self, standing: Standing) -> Result<(), Failure> {
+        let (before, place) = (self.step(), &self.place);
+        if standing != Standing::New {
+            return Err(self.refused());
+        }
+        self.record(Step::ExchangingBack)?;
+        let exchanged = trees::exchange(&place.data_directory, &place.new_tree());
+        if exchanged.is_err() && self.standing()? == Standing::New && before < Step::Accepted {
+            // Nothing has moved: the clone stands as it did.
+            self.record(before)?;
+        }
+        exchanged
+    }
+
+    fn move_back(&self) -> Result<(), Failure> {
+        let place = &self.place;
+        // Before `PuttingIn` nothing of the new tree is in the data directory, and what is still
+        // there is the old tree's.
+        if !matches!(self.step(), Step::SettingAside | Step::PuttingBack) {
+            self.record(Step::TakingOut)?;
+            trees::take_out(&place.data_directory, &place.new_tree(), &place.strays())?;
+        }
+        self.record(Step::PuttingBack)?;
+        trees::put_in(&place.old_tree(), &place.data_directory, &place.strays())
+    }
+
     /// The exchange was made and a crash came before its record: the record is made.
     pub fn note_in_place(&self) -> Result<(), Failure> {
-        trees::sync_directory(self.place.data_directory.parent().unwrap_or(Path::new("/")))?;
-        trees::sync_directory(&self.place.staging)?;
+        self.sync_places()?;
         self.record(Step::InPlace)
+    }
+
+    fn sync_places(&self) -> Result<(), Failure> {
+        trees::sync_directory(self.place.data_directory.parent().unwrap_or(Path::new("/")))?;
+        trees::sync_directory(&self.place.staging)
     }
 
     /// The new tree is accepted: the old one goes, and with it the staging directory.
     pub fn accept(&self) -> Result<(), Failure> {
+        if self.known_standing()? != Standing::New {
+            return Err(self.refused());
+        }
         if self.step() != Step::Accepted {
             self.record(Step::Accepted)?;
+        }
+        self.remove()
+    }
+
+    /// The old tree stands, and nobody wants the new one: it goes, and with it the staging
+    /// directory.
+    pub fn let_go(&self) -> Result<(), Failure> {
+        if self.known_standing()? != Standing::Old {
+            return Err(self.refused());
         }
         self.remove()
     }
@@ -339,9 +418,14 @@ impl Replacement {
     /// Removes the staging directory and all that is in it.
     ///
     /// The journal goes last: until then it says what the rest is.
-    pub fn remove(&self) -> Result<(), Failure> {
+    fn remove(&self) -> Result<(), Failure> {
+        refuse_mounts_in(&self.place.staging)?;
         for tree in [self.place.new_tree(), self.place.old_tree()] {
-            Staging::remove(&tree)?;
+            if tree.is_dir() {
+                // A server may run on a tree that somebody has found here.
+                let _locks = TreeLocks::take(&tree)?;
+                Staging::remove(&tree)?;
+            }
         }
         Staging::remove(&self.place.staging)?;
         if self.place.form == Form::Move {
@@ -361,14 +445,13 @@ impl Replacement {
     }
 }
 
-/// All installs of a data directory. One whose journal cannot be read is an error: what it keeps
-/// must not be lost sight of.
+/// All installs of a data directory, to be gone on with. One whose journal cannot be read is an
+/// error: what it keeps must not be lost sight of.
 pub fn all(data_directory: &Path) -> Result<Vec<Replacement>, Failure> {
     let mut found = Vec::new();
     for place in Place::all(data_directory) {
         if let Some(replacement) = Replacement::open(place)?
-            && (replacement.place.form == Form::Move
-                || replacement.plan.name == name_of(data_directory))
+            && is_of(&replacement.plan, data_directory)
         {
             found.push(replacement);
         }
@@ -397,71 +480,10 @@ pub fn take_alone(data_directory: &Path) -> Result<Option<InUse>, Failure> {
     }
 }
 
-/// Makes the directory that the form `move` works in.
-pub fn make_inner(inner: &Path) -> Result<(), Failure> {
-    match rustix::fs::mkdir(inner, rustix::fs::Mode::RWXU) {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(e) => Err(Failure::io("create directory", inner, &e.into())),
-    }
-}
-
-/// Removes the directory that the form `move` works in, once it is empty.
-pub fn remove_inner(data_directory: &Path) {
-    match std::fs::remove_dir(data_directory.join(INNER_DIRECTORY)) {
-        Ok(()) => {}
-        Err(e)
-            if matches!(
-                e.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::DirectoryNotEmpty
-            ) => {}
-        Err(e) => warn!(error = %e, "{INNER_DIRECTORY} is left in the data directory"),
-    }
-}
-
-fn name_of(data_directory: &Path) -> Vec<u8> {
-    data_directory.file_name().map(OsStr::as_bytes).unwrap_or_default().to_vec()
-}
-
 fn inode(path: &Path) -> Result<u64, Failure> {
     let metadata = path.metadata().map_err(|e| Failure::io("look at", path, &e))?;
     Ok(metadata.ino())
 }
 
-fn encode(value: &impl Serialize) -> Result<Vec<u8>, Failure> {
-    serde_json::to_vec(value).map_err(|e| Failure::bug(format!("journal record: {e}")))
-}
-
-fn decode<T: for<'a> Deserialize<'a>>(record: &Record, place: &Place) -> Result<T, Failure> {
-    serde_json::from_slice(&record.payload).map_err(|e| {
-        Failure::new(
-            Code::DataLoss,
-            "JOURNAL_CORRUPT",
-            format!(
-                "journal {} has a record of kind {} that cannot be read: {e}",
-                place.journal().display(),
-                record.kind
-            ),
-        )
-    })
-}
-
-/// Waits where a test has asked for it.
-fn hold(step: Step) {
-    let pause = std::env::var(PAUSE_VARIABLE).ok().and_then(|text| text.parse().ok());
-    std::thread::sleep(Duration::from_millis(pause.unwrap_or(0)));
-    let Ok(wish) = std::env::var(HOLD_VARIABLE) else { return };
-    let Some((name, file)) = wish.split_once(':') else { return };
-    if name != step.name() {
-        return;
-    }
-    warn!(step = name, "held by {HOLD_VARIABLE}");
-    while Path::new(file).exists() {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Names of staging directories of clones that no install speaks of.
-#[must_use]
-pub fn is_staging(name: &OsStr) -> bool {
-    place::clone_id(name).is_some()
-}
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,7 @@ use rustix::{
 use tracing::warn;
 
 use super::place::INNER_DIRECTORY;
+use crate::sabotage;
 
 /// Files that a server opens first, and in whose places the guards stand: without these MariaDB and
 /// MySQL make new ones, and with them a new database.
@@ -29,8 +30,10 @@ const GUARDED_FILES: [&str; 2] = ["aria_log_control", "ibdata1"];
 pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
     rustix::fs::renameat_with(CWD, one, CWD, two, RenameFlags::EXCHANGE)
         .map_err(|e| Failure::io("exchange with the clone", one, &e.into()))?;
-    for path in [one, two] {
-        sync_directory(path.parent().unwrap_or(Path::new("/")))?;
+    if !sabotage::leaves_out("exchange") {
+        for path in [one, two] {
+            sync_directory(path.parent().unwrap_or(Path::new("/")))?;
+        }
     }
     Ok(())
 }
@@ -41,6 +44,8 @@ pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
 /// name has been moved out already is such a stray, and goes to `strays`.
 pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Result<(), Failure> {
     make_directory(aside)?;
+    // Entries that move out must not lose the directory that they are in.
+    sync_moved(aside.parent().unwrap_or(Path::new("/")))?;
     for name in GUARDED_FILES {
         let guarded = data_directory.join(name);
         match guarded.symlink_metadata() {
@@ -54,7 +59,7 @@ pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Re
             Err(e) => return Err(Failure::io("look at", &guarded, &e)),
         }
     }
-    sync_directory(data_directory)?;
+    sync_moved(data_directory)?;
     for name in entries(data_directory)? {
         let (from, to) = (data_directory.join(&name), aside.join(&name));
         if to.symlink_metadata().is_ok() {
@@ -63,8 +68,8 @@ pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Re
             rename(&from, &to)?;
         }
     }
-    sync_directory(aside)?;
-    sync_directory(data_directory)
+    sync_moved(aside)?;
+    sync_moved(data_directory)
 }
 
 /// Moves all entries of `from` into a data directory; the guards go last. What stands in the way
@@ -81,7 +86,7 @@ pub(super) fn put_in(from: &Path, data_directory: &Path, strays: &Path) -> Resul
         }
         rename(&from.join(&name), &to)?;
     }
-    sync_directory(data_directory)?;
+    sync_moved(data_directory)?;
     for name in GUARDED_FILES {
         let (guarded, file) = (data_directory.join(name), from.join(name));
         match rustix::fs::rmdir(&guarded) {
@@ -93,8 +98,8 @@ pub(super) fn put_in(from: &Path, data_directory: &Path, strays: &Path) -> Resul
             rename(&file, &guarded)?;
         }
     }
-    sync_directory(from)?;
-    sync_directory(data_directory)
+    sync_moved(from)?;
+    sync_moved(data_directory)
 }
 
 fn set_stray_aside(path: &Path, strays: &Path) -> Result<(), Failure> {
@@ -143,6 +148,10 @@ fn make_directory(path: &Path) -> Result<(), Failure> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(e) => Err(Failure::io("create directory", path, &e.into())),
     }
+}
+
+fn sync_moved(path: &Path) -> Result<(), Failure> {
+    if sabotage::leaves_out("move") { Ok(()) } else { sync_directory(path) }
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), Failure> {

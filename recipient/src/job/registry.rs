@@ -3,11 +3,18 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use marcot_common::{failure::Failure, host::path_bytes};
+use marcot_common::{
+    failure::Failure,
+    host::path_bytes,
+    in_use::{InUse, InUseError},
+};
 use marcot_proto::recipient::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -19,7 +26,7 @@ use uuid::Uuid;
 use super::{
     CloneJob, End,
     history::{CLONES_MAX, History},
-    status::CloneStatus,
+    status::{self, CloneStatus},
 };
 use crate::{
     install::replacement::Replacement, progress::Progress, request::CloneRequest,
@@ -27,9 +34,19 @@ use crate::{
 };
 
 mod installs;
+mod leftovers;
+mod resumes;
+mod upkeep;
+mod verifications;
 
 /// How often a running clone's counters are read.
 const TICK: Duration = Duration::from_millis(250);
+
+/// How often its record is written: a recipient that is killed forgets no more of what it counted.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Longest wait for an install to leave: trees may be moving, which takes moments.
+const LEAVE_MAX: Duration = Duration::from_secs(10);
 
 /// Who asked for a clone, and as part of what.
 #[derive(Debug, Clone, Default)]
@@ -47,7 +64,15 @@ pub struct Clones {
     history: History,
     control: Arc<dyn ServerControl>,
     table: Mutex<Table>,
+    /// Held while a finished clone is read again.
+    verification: Mutex<()>,
     tasks: TaskTracker,
+    /// Cancelled when this process ends, whatever still runs.
+    leaving: CancellationToken,
+    /// Whether the file system is nearly full while old data are kept.
+    space_is_low: AtomicBool,
+    /// Of the state directory: one process writes there.
+    _alone: Option<InUse>,
 }
 
 #[derive(Debug, Default)]
@@ -57,6 +82,10 @@ struct Table {
     running: Option<Running>,
     /// Installs that keep a tree, by the clone's name.
     installs: BTreeMap<String, Arc<Replacement>>,
+    /// A clone whose trees are being removed.
+    removing: Option<String>,
+    /// A clone that a stop of the service has interrupted.
+    interrupted: Option<String>,
     draining: bool,
     counts: Counts,
     bytes: ByteTotals,
@@ -109,22 +138,47 @@ impl Clones {
         control: Arc<dyn ServerControl>,
     ) -> Result<Self, Failure> {
         let history = History::open(state_directory)?;
+        let alone = one_process(state_directory)?;
         let found = installs::reconcile(&settings, &control).await?;
         let mut table = Table::default();
         for mut clone in history.load()? {
             let install = found.iter().find(|found| clone.name == found.name());
-            if installs::settle(&mut clone, install) {
+            let staged = install.is_none().then(|| resumes::look(&clone, &settings)).flatten();
+            if let Some(Ok(())) = staged {
+                let waits = clone.state == i32::from(pb::State::AwaitingCredentials);
+                if !waits && !status::is_final(clone.state) {
+                    table.interrupted = Some(clone.name.clone());
+                }
+            } else if let Some(Err(failure)) = &staged
+                && failure.reason == "JOURNAL_VERSION"
+            {
+                resumes::keep_failed(&mut clone, failure);
+                history.save(&clone)?;
+            } else if installs::settle(&mut clone, install) {
+                if let Some(Err(failure)) = staged {
+                    clone.error = Some(failure.to_wire());
+                }
                 history.save(&clone)?;
             }
             table.past.insert(clone.name.clone(), clone);
         }
-        for found in found {
+        for found in found.into_iter().filter(installs::Found::keeps) {
             // The state directory may be another one than when the clone was made.
             let clone = table.past.entry(found.name()).or_insert_with(|| found.unknown_clone());
             clone.install = Some(found.replacement.to_wire());
             table.installs.insert(found.name(), found.replacement);
         }
-        Ok(Self { settings, history, control, table: Mutex::new(table), tasks: TaskTracker::new() })
+        Ok(Self {
+            settings,
+            history,
+            control,
+            table: Mutex::new(table),
+            verification: Mutex::default(),
+            tasks: TaskTracker::new(),
+            leaving: CancellationToken::new(),
+            space_is_low: AtomicBool::new(false),
+            _alone: alone,
+        })
     }
 
     /// The operator's settings.
@@ -154,20 +208,25 @@ impl Clones {
         let clone = job.status.clone_resource();
         self.history.save(&clone)?;
         table.counts.started += 1;
+        info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
+        self.spawn(&mut table, job);
+        Ok(clone)
+    }
+
+    /// Runs a clone in the one place there is.
+    fn spawn(self: &Arc<Self>, table: &mut Table, job: Arc<CloneJob>) {
+        let id = job.id.clone();
         table.running = Some(Running {
             id: id.clone(),
             status: Arc::clone(&job.status),
             job: Some(Arc::clone(&job)),
         });
-        drop(table);
-        info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
         // A child of the call in its trace, but not in the logs: the clone outlives the call.
         let span = info_span!(parent: None, "clone", clone = %id);
         // An error means that no trace layer is installed, as in tests.
         drop(span.set_parent(Span::current().context()));
         let clones = Arc::clone(self);
         self.tasks.spawn(async move { clones.run(job).await }.instrument(span));
-        Ok(clone)
     }
 
     fn new_job(&self, id: &str, request: CloneRequest, origin: Origin) -> CloneJob {
@@ -186,15 +245,32 @@ impl Clones {
             }),
             ..pb::Clone::default()
         };
+        let status = CloneStatus::new(clone, Arc::clone(&progress));
+        self.job(id, request, status, progress)
+    }
+
+    fn job(
+        &self,
+        id: &str,
+        request: CloneRequest,
+        status: CloneStatus,
+        progress: Arc<Progress>,
+    ) -> CloneJob {
         CloneJob {
             id: id.to_owned(),
             request,
             settings: Arc::clone(&self.settings),
-            status: Arc::new(CloneStatus::new(clone, Arc::clone(&progress))),
+            status: Arc::new(status),
+            goes_on: false,
+            donor_has_accounts: AtomicBool::new(false),
+            pins: OnceLock::new(),
+            journal: Mutex::default(),
+            is_interrupted: AtomicBool::new(false),
             growing: Arc::default(),
             gate: Arc::default(),
             progress,
             control: Arc::clone(&self.control),
+            leaving: self.leaving.clone(),
             replacement: OnceLock::new(),
             cancel: CancellationToken::new(),
         }
@@ -202,12 +278,22 @@ impl Clones {
 
     async fn run(self: Arc<Self>, job: Arc<CloneJob>) {
         let ticker = tokio::spawn({
-            let status = Arc::clone(&job.status);
+            let (status, clones) = (Arc::clone(&job.status), Arc::clone(&self));
             async move {
                 let mut tick = tokio::time::interval(TICK);
+                let mut saved = Instant::now();
+                let mut round = None;
                 loop {
                     tick.tick().await;
                     status.tick();
+                    let clone = status.clone_resource();
+                    // The rows of stages that have ended are told by nothing else after a kill.
+                    let is_next = running_round(&clone) != round;
+                    if is_next || saved.elapsed() >= SAVE_INTERVAL {
+                        saved = Instant::now();
+                        round = running_round(&clone);
+                        clones.save(&clone);
+                    }
                 }
             }
         });
@@ -218,12 +304,23 @@ impl Clones {
         let result =
             work.await.unwrap_or_else(|e| Err(Failure::bug(format!("the clone stopped: {e}"))));
         ticker.abort();
+        // It may be saving at this moment; what is saved last must be the end.
+        drop(ticker.await);
+        let is_interrupted = job.is_interrupted.load(Ordering::Relaxed);
+        let goes_on = is_interrupted && result.is_err() && job.can_be_gone_on_with(&result);
+        if goes_on || job.install_is_left(&result) {
+            info!("the service stops; the clone goes on when it is started again");
+            self.save(&job.status.clone_resource());
+            self.lock().running = None;
+            return;
+        }
         let cancelled = job.cancel.is_cancelled();
         // A clone that had been installed when the cancel came is there, and says so.
         let clone = job.status.finish(&result, cancelled);
         match &result {
             Ok(End::Completed) => info!(bytes = clone.verified_bytes, "clone completed"),
             Ok(End::AwaitsInstall) => info!("clone waits for its server to be stopped"),
+            Ok(End::AwaitsCredentials) => info!("clone waits for a password"),
             Err(_) if cancelled => info!("clone cancelled"),
             Err(failure) => error!(
                 reason = %failure.reason,
@@ -232,11 +329,11 @@ impl Clones {
                 "clone failed"
             ),
         }
-        if let Err(failure) = self.history.save(&clone) {
-            warn!(error = %failure, "the clone's record could not be written");
-        }
+        self.save(&clone);
         let mut table = self.lock();
         match &result {
+            // It has not ended.
+            Ok(End::AwaitsCredentials) => {}
             Ok(_) => table.counts.completed += 1,
             Err(_) if cancelled => table.counts.cancelled += 1,
             Err(_) => table.counts.failed += 1,
@@ -256,6 +353,12 @@ impl Clones {
         marcot_common::os::give_memory_back();
         // Last: whoever waits for the end may start the next clone at once.
         job.status.tell();
+    }
+
+    fn save(&self, clone: &pb::Clone) {
+        if let Err(failure) = self.history.save(clone) {
+            warn!(error = %failure, "the clone's record could not be written");
+        }
     }
 
     /// A clone by name; `clones/-` is the newest.
@@ -316,6 +419,9 @@ impl Clones {
         if clone.state == i32::from(pb::State::AwaitingInstall) {
             return self.cancel_waiting(clone);
         }
+        if clone.state == i32::from(pb::State::AwaitingCredentials) {
+            return self.discard_staged(clone);
+        }
         if clone.state == i32::from(pb::State::Cancelled) {
             return Ok(clone);
         }
@@ -329,11 +435,6 @@ impl Clones {
     /// Pauses a clone: nothing more is read, the snapshot stays. Idempotent.
     pub fn pause(&self, name: &str) -> Result<pb::Clone, Failure> {
         self.set_paused(name, true)
-    }
-
-    /// Goes on with a paused clone. Idempotent.
-    pub fn resume(&self, name: &str) -> Result<pb::Clone, Failure> {
-        self.set_paused(name, false)
     }
 
     fn set_paused(&self, name: &str, paused: bool) -> Result<pb::Clone, Failure> {
@@ -377,7 +478,8 @@ impl Clones {
         totals
     }
 
-    /// Refuses new clones, cancels the running one, and waits until it has cleared up.
+    /// Refuses new clones, stops the running one, and waits until it has ended: what it has copied is
+    /// kept, where it can be gone on with.
     pub async fn drain(&self) {
         let running = {
             let mut table = self.lock();
@@ -385,10 +487,21 @@ impl Clones {
             table.running.clone()
         };
         if let Some(job) = running.and_then(|running| running.job) {
+            job.is_interrupted.store(true, Ordering::Relaxed);
             job.cancel.cancel();
         }
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Leaves whatever still runs where it is, for the next start: the server ends now, and an install
+    /// must not take that for its own end.
+    pub async fn leave(&self) {
+        self.leaving.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(LEAVE_MAX, self.tasks.wait()).await.is_err() {
+            warn!(seconds = LEAVE_MAX.as_secs(), "an install is cut, the next start settles it");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -402,16 +515,36 @@ fn running<'a>(table: &'a Table, name: &str) -> Option<&'a Running> {
     matches.then_some(running)
 }
 
-/// One clone or install at a time.
+/// Two processes on one state directory would work on the same clones.
+fn one_process(state_directory: &Path) -> Result<Option<InUse>, Failure> {
+    match InUse::alone(state_directory) {
+        Ok(alone) => Ok(Some(alone)),
+        Err(InUseError::Taken) => Err(Failure::precondition(
+            "STATE_DIRECTORY_IN_USE",
+            format!(
+                "another marcot-recipient runs with --state-directory {}; end it, or name another \
+                 directory",
+                state_directory.display()
+            ),
+        )),
+        // A file system without locks (some FUSE).
+        Err(InUseError::Io(e)) => {
+            warn!(error = %e, "the state directory cannot be locked against another process");
+            Ok(None)
+        }
+    }
+}
+
+/// One clone, install or removal at a time.
 fn refuse_if_busy(table: &Table) -> Result<(), Failure> {
     if table.draining {
         let text = "the recipient is shutting down";
         return Err(Failure::new(Code::Unavailable, "DRAINING", text));
     }
-    let Some(running) = &table.running else {
+    let running = table.running.as_ref().map(|running| running.status.clone_resource().name);
+    let Some(name) = running.or_else(|| table.removing.clone()) else {
         return Ok(());
     };
-    let name = running.status.clone_resource().name;
     Err(Failure::new(
         Code::Aborted,
         "CLONE_IN_PROGRESS",
@@ -454,4 +587,10 @@ fn unknown(name: &str) -> Failure {
         "UNKNOWN_CLONE",
         format!("`{shown}` is no clone of this recipient; `marcot list` shows them"),
     )
+}
+
+/// The stage and round that run.
+fn running_round(clone: &pb::Clone) -> Option<(i32, u32)> {
+    let row = clone.stages.iter().find(|row| row.state == i32::from(pb::State::InProgress));
+    row.map(|row| (row.stage, row.round))
 }

@@ -50,6 +50,8 @@ struct Tracked {
     clone: pb::Clone,
     /// Counters at the present stage's begin.
     stage_base: (u64, u64),
+    /// Whether the next stage to begin is one that an earlier run had begun.
+    keeps_base: bool,
     /// Totals of first copies, for the estimate of time left.
     samples: VecDeque<(Instant, u64, u64)>,
     last_move: Instant,
@@ -73,6 +75,7 @@ impl CloneStatus {
         let state = Tracked {
             clone,
             stage_base: (0, 0),
+            keeps_base: false,
             samples: VecDeque::new(),
             last_move: Instant::now(),
         };
@@ -86,10 +89,42 @@ impl CloneStatus {
         let state = Tracked {
             clone,
             stage_base: (0, 0),
+            keeps_base: false,
             samples: VecDeque::new(),
             last_move: Instant::now(),
         };
         Self { state: Mutex::new(state), published, progress: Arc::default(), counts: false }
+    }
+
+    /// A clone that goes on with what an earlier run of it has copied.
+    #[must_use]
+    pub fn resumed(mut clone: pb::Clone, progress: Arc<Progress>, is_paused: bool) -> Self {
+        clone.resumes += 1;
+        clone.state = if is_paused { pb::State::Paused } else { pb::State::InProgress }.into();
+        clone.error = None;
+        clone.end_time = None;
+        let present = clone.stages.iter().position(|row| {
+            row.begin_time.is_some() && row.state != i32::from(pb::State::Completed)
+        });
+        let mut base = (0, 0);
+        for (i, row) in clone.stages.iter_mut().enumerate() {
+            if Some(i) == present {
+                row.state = pb::State::InProgress.into();
+                row.end_time = None;
+            } else {
+                base.0 += row.data_bytes;
+                base.1 += row.network_bytes;
+            }
+        }
+        let (published, _) = watch::channel(clone.clone());
+        let state = Tracked {
+            clone,
+            stage_base: base,
+            keeps_base: present.is_none(),
+            samples: VecDeque::new(),
+            last_move: Instant::now(),
+        };
+        Self { state: Mutex::new(state), published, progress, counts: true }
     }
 
     /// The resource as last published.
@@ -129,8 +164,10 @@ impl CloneStatus {
             return;
         }
         self.settle(&mut state);
-        let network_and_data = (self.progress.data_bytes.get(), self.progress.network_bytes.get());
-        state.stage_base = network_and_data;
+        if !std::mem::take(&mut state.keeps_base) {
+            let progress = &self.progress;
+            state.stage_base = (progress.data_bytes.get(), progress.network_bytes.get());
+        }
         state.samples.clear();
         for row in &mut state.clone.stages {
             if row.stage < i32::from(stage) {
@@ -236,6 +273,7 @@ impl CloneStatus {
         let end = match result {
             Ok(End::Completed) => pb::State::Completed,
             Ok(End::AwaitsInstall) => pb::State::AwaitingInstall,
+            Ok(End::AwaitsCredentials) => pb::State::AwaitingCredentials,
             Err(_) if cancelled => pb::State::Cancelled,
             Err(_) => pb::State::Failed,
         };
@@ -243,6 +281,10 @@ impl CloneStatus {
         match result {
             Ok(End::Completed) => clone.error = None,
             Ok(End::AwaitsInstall) => clone.error = Some(awaits_install(clone).to_wire()),
+            Ok(End::AwaitsCredentials) => {
+                clone.end_time = None;
+                clone.error = Some(awaits_credentials(clone).to_wire());
+            }
             Err(failure) => clone.error = Some(failure.to_wire()),
         }
         for row in &mut clone.stages {
@@ -298,6 +340,10 @@ impl CloneStatus {
         let (last_cause, waits) = progress.retries.told();
         clone.eta = None;
         clone.stall_reason.clear();
+        if waits {
+            clone.stall_reason = format!("waits for the donor: {last_cause}");
+        }
+        clone.last_retry_cause = last_cause;
         let Some(row) =
             clone.stages.iter_mut().find(|row| row.state == i32::from(pb::State::InProgress))
         else {
@@ -316,12 +362,9 @@ impl CloneStatus {
         let paused = clone.state == i32::from(pb::State::Paused);
         if paused {
             clone.stall_reason = "paused by the user".to_owned();
-        } else if waits {
-            clone.stall_reason = format!("waits for the donor: {last_cause}");
-        } else if copies && stalled >= STALL_AFTER {
+        } else if !waits && copies && stalled >= STALL_AFTER {
             clone.stall_reason = format!("no byte for {} s", stalled.as_secs());
         }
-        clone.last_retry_cause = last_cause;
     }
 
     fn lock(&self) -> MutexGuard<'_, Tracked> {
@@ -369,7 +412,22 @@ pub fn is_final(state: i32) -> bool {
 /// Whether nothing more becomes of a clone by itself: it is final, or waits for a person.
 #[must_use]
 pub fn is_over(state: i32) -> bool {
-    is_final(state) || state == i32::from(pb::State::AwaitingInstall)
+    is_final(state)
+        || state == i32::from(pb::State::AwaitingInstall)
+        || state == i32::from(pb::State::AwaitingCredentials)
+}
+
+/// What a clone waits for, and what to type.
+fn awaits_credentials(clone: &pb::Clone) -> Failure {
+    let id = clone.name.rsplit('/').next().unwrap_or_default();
+    Failure::precondition(
+        "AWAITING_CREDENTIALS",
+        format!(
+            "the donor has ended the snapshot, and nobody has stored the password for another, or it \
+             was refused; `marcot resume {id}` asks for it and goes on with what is staged, \
+             `marcot cancel {id}` gives it up"
+        ),
+    )
 }
 
 /// What a clone waits for, and what to type.

@@ -31,8 +31,33 @@ fn list(sizes: &[(u64, u64)]) -> FileList {
 }
 
 fn units(sizes: &[(u64, u64)], cut: Cut) -> Vec<Unit> {
-    let plan = FetchPlan::new(&list(sizes), &Arc::default(), cut).unwrap();
+    units_but(sizes, cut, 1, FinishedUnits::default())
+}
+
+fn units_but(sizes: &[(u64, u64)], cut: Cut, streams: usize, finished: FinishedUnits) -> Vec<Unit> {
+    let plan = FetchPlan::new(&list(sizes), &Arc::default(), cut, streams, finished).unwrap();
     std::iter::from_fn(|| plan.next().unwrap()).collect()
+}
+
+/// Guards resume: what was finished is passed over, all else is planned, and units that were cut
+/// otherwise (for another number of streams) are planned again, not half of them.
+#[test]
+fn finished_units_are_passed_over_and_others_are_not() {
+    let mut sizes = dense(&[0, 5, 3 * SEGMENT_BYTES + 1, 9, SMALL_BYTES_MAX + 1]);
+    sizes.extend(dense(&[7; 3000]));
+    let all = units_but(&sizes, Cut::Segments, 2, FinishedUnits::default());
+    let key = |unit: &Unit| (unit.first, unit.last, unit.offset(), unit.length());
+    let mut finished = FinishedUnits::default();
+    for unit in all.iter().step_by(2) {
+        finished.insert(crate::copy_journal::unit_record(unit));
+    }
+    let left = units_but(&sizes, Cut::Segments, 2, finished.clone());
+    let expected: Vec<_> = all.iter().skip(1).step_by(2).map(key).collect();
+    assert_eq!(left.iter().map(key).collect::<Vec<_>>(), expected);
+    let segment = |unit: &Unit| unit.parts.len() == 1 && unit.parts[0].size > SEGMENT_BYTES;
+    let others = units_but(&sizes, Cut::Segments, 1, finished);
+    let bytes: u64 = others.iter().filter(|unit| segment(unit)).map(Unit::length).sum();
+    assert_eq!(bytes, 3 * SEGMENT_BYTES + 1, "no segment of one stream is one of two streams");
 }
 
 fn dense(sizes: &[u64]) -> Vec<(u64, u64)> {
@@ -66,10 +91,10 @@ fn small_files_travel_together_and_a_large_one_in_segments() {
 #[test]
 fn a_file_of_holes_is_few_units_and_a_local_one_is_one() {
     let sparse = [(1 << 40, 4096)];
-    assert_eq!(units(&sparse, Cut::Segments).len(), 16);
+    assert_eq!(units(&sparse, Cut::Segments).len(), 22);
     assert_eq!(units(&sparse, Cut::WholeFiles).len(), 1);
     let half = [(1 << 32, 1 << 31)];
-    assert_eq!(units(&half, Cut::Segments).len(), 32);
+    assert_eq!(units(&half, Cut::Segments).len(), 43);
 }
 
 #[test]
@@ -79,7 +104,7 @@ fn a_unit_of_small_files_is_bounded() {
     assert_eq!(counts, [UNIT_FILES_MAX, 1]);
     let heavy = vec![(SMALL_BYTES_MAX, SMALL_BYTES_MAX); 40];
     let counts: Vec<_> = units(&heavy, Cut::Segments).iter().map(|u| u.parts.len()).collect();
-    assert_eq!(counts, [32, 8]);
+    assert_eq!(counts, [16, 16, 8]);
 }
 
 proptest! {

@@ -6,7 +6,10 @@ use std::{
 };
 
 use marcot_common::failure::Failure;
-use marcot_engine::{DatabaseConfig, innodb::health};
+use marcot_engine::{
+    DatabaseConfig,
+    innodb::{health, paths},
+};
 use tonic::Code;
 
 use super::{Health, hooks::run_command};
@@ -39,6 +42,15 @@ impl HealthCheck {
         limit: Duration,
         ended: impl Fn() -> Option<Failure> + Send + Sync,
     ) -> Result<Health, Failure> {
+        self.wait_within(limit, ANSWERING_MAX, ended).await
+    }
+
+    async fn wait_within(
+        &self,
+        limit: Duration,
+        answering_max: Duration,
+        ended: impl Fn() -> Option<Failure> + Send + Sync,
+    ) -> Result<Health, Failure> {
         let begun = Instant::now();
         let mut answering: Option<Instant> = None;
         loop {
@@ -49,11 +61,14 @@ impl HealthCheck {
             if let Some(ended) = ended() {
                 return Err(ended);
             }
-            if failure.reason != "DATABASE_UNREACHABLE" && failure.reason != "DATABASE_LOST" {
+            if paths::is_refusal(&failure) {
+                return Err(failure);
+            }
+            if self.is_answer(&failure) {
                 answering.get_or_insert_with(Instant::now);
             }
             let waited = answering.map_or(Duration::ZERO, |since| since.elapsed());
-            if begun.elapsed() >= limit || waited >= ANSWERING_MAX {
+            if begun.elapsed() >= limit || waited >= answering_max {
                 return Err(Failure::new(
                     Code::Unavailable,
                     "SERVER_NOT_HEALTHY",
@@ -69,6 +84,14 @@ impl HealthCheck {
         }
     }
 
+    /// Whether it was the server that gave the failure. A command that fails says nothing of that:
+    /// its server may still recover.
+    fn is_answer(&self, failure: &Failure) -> bool {
+        self.command.is_none()
+            && failure.reason != "DATABASE_UNREACHABLE"
+            && failure.reason != "DATABASE_LOST"
+    }
+
     async fn ask(&self) -> Result<Health, Failure> {
         if let Some(command) = &self.command {
             run_command(command, COMMAND_MAX, |_| {}).await?;
@@ -76,7 +99,7 @@ impl HealthCheck {
         }
         let (database, directory) = (self.database.clone(), self.data_directory.clone());
         blocking(move || {
-            let health = health::check(&database, &schemas(&directory))?;
+            let health = health::check(&database, &directory, &schemas(&directory))?;
             Ok(Health {
                 version: health.version,
                 schemas: health.schemas,
@@ -112,4 +135,32 @@ fn is_schema(directory: &Path) -> bool {
         return false;
     };
     files.any(|file| file.is_ok_and(|file| file.path().extension().is_some_and(|e| e == "frm")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asking_by(command: &str) -> HealthCheck {
+        HealthCheck {
+            command: Some(command.to_owned()),
+            database: DatabaseConfig::default(),
+            data_directory: PathBuf::from("/nowhere"),
+        }
+    }
+
+    /// Guards recoveries of any length: a command that fails until the server has recovered is
+    /// asked again, up to the limit and not only for as long as a server that answers.
+    #[tokio::test]
+    async fn a_command_is_asked_again_until_the_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let count = directory.path().join("count").display().to_string();
+        let check = asking_by(&format!("echo x >> {count}; [ $(wc -l < {count}) -ge 4 ]"));
+        let limit = Duration::from_secs(60);
+        check.wait_within(limit, Duration::from_millis(1), || None).await.unwrap();
+        let check = asking_by("echo it recovers; exit 1");
+        let failure = check.wait(Duration::from_millis(300), || None).await.unwrap_err();
+        assert_eq!(failure.reason, "SERVER_NOT_HEALTHY");
+        assert!(failure.message.contains("it recovers"), "{failure}");
+    }
 }

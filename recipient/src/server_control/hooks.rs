@@ -119,7 +119,9 @@ impl ServerControl for Hooks {
 
     async fn open(&self) -> Result<(), Failure> {
         self.stop().await?;
-        self.start(FirstStart::Opened).await
+        self.start(FirstStart::Opened).await?;
+        // What follows talks to it.
+        self.wait_healthy(self.limit).await.map(drop)
     }
 
     fn manages(&self) -> bool {

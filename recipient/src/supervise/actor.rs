@@ -3,20 +3,24 @@
 use std::{
     os::unix::process::ExitStatusExt as _,
     process::{ExitStatus, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicI32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use marcot_common::failure::Failure;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use tokio::{
     process::{Child, Command},
     sync::{mpsc, oneshot, watch},
 };
+use tonic::Code;
 use tracing::{error, info, warn};
 
 use super::{
-    FIRST_ARGUMENTS, OPENED_ARGUMENTS, Options, Output, Request, Status,
+    FIRST_ARGUMENTS, OPENED_ARGUMENTS, Options, Output, REPLICA_ARGUMENTS, Request, Status,
     back_off::RestartPolicy,
     children::{self, OwnChild},
 };
@@ -41,6 +45,12 @@ pub(super) struct Actor {
     stopping: Vec<oneshot::Sender<()>>,
     /// When it is started again, and how.
     restart: Option<(tokio::time::Instant, FirstStart)>,
+    /// The process group of the last child; it outlives a child that was a script.
+    group: Arc<AtomicI32>,
+    /// The last child's exit code.
+    last_code: u8,
+    /// Whether this process ends: nothing is started any more.
+    is_ending: bool,
 }
 
 impl Actor {
@@ -49,9 +59,20 @@ impl Actor {
         output: Arc<Output>,
         policy: RestartPolicy,
         status: watch::Sender<Status>,
+        group: Arc<AtomicI32>,
     ) -> Self {
-        let stopping = Vec::new();
-        Self { options, output, policy, status, running: None, stopping, restart: None }
+        Self {
+            options,
+            output,
+            policy,
+            status,
+            running: None,
+            stopping: Vec::new(),
+            restart: None,
+            group,
+            last_code: 0,
+            is_ending: false,
+        }
     }
 
     pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
@@ -77,35 +98,57 @@ impl Actor {
                         "the server runs already, as process {}",
                         running.pid
                     ))),
+                    None if self.is_ending => Err(Failure::new(
+                        Code::Unavailable,
+                        "RECIPIENT_STOPS",
+                        "the recipient stops, and its server with it: it is not started any more",
+                    )),
                     None => self.spawn(first),
                 };
                 drop(done.send(result));
             }
-            Request::Stop(done) => {
-                self.restart = None;
-                self.stopping.push(done);
-                if self.running.is_some() {
-                    self.signal(Signal::TERM);
-                } else {
-                    let code = match *self.status.borrow() {
-                        Status::Ended(code) | Status::Stopped(code) => code,
-                        Status::Running(_) | Status::Waiting => 0,
-                    };
-                    self.set_stopped(code);
-                }
+            Request::Stop(done) => self.stop(done),
+            Request::End(done) => {
+                self.is_ending = true;
+                self.stop(done);
             }
             Request::Signal(signal) => self.signal(signal),
+            Request::SetMode(first) => {
+                if let Some(running) = &mut self.running {
+                    running.first = first;
+                }
+                if let Some((_, restart)) = &mut self.restart {
+                    *restart = first;
+                }
+            }
         }
     }
 
+    fn stop(&mut self, done: oneshot::Sender<()>) {
+        self.restart = None;
+        self.stopping.push(done);
+        if self.running.is_some() {
+            self.signal(Signal::TERM);
+        } else {
+            self.set_stopped(self.last_code);
+        }
+    }
+
+    /// To the whole group, also after the child has ended: a script may leave its server behind.
     fn signal(&self, signal: Signal) {
-        let pid = self.running.as_ref().and_then(|running| i32::try_from(running.pid).ok());
-        let Some(group) = pid.and_then(Pid::from_raw) else {
+        let Some(group) = Pid::from_raw(self.group.load(Ordering::Relaxed)) else {
             return;
         };
-        info!(signal = signal.as_raw(), pid, "the server gets a signal");
+        if self.running.is_none() && test_kill_process_group(group).is_err() {
+            return;
+        }
+        info!(
+            signal = signal.as_raw(),
+            group = group.as_raw_nonzero().get(),
+            "the server gets a signal"
+        );
         if let Err(e) = kill_process_group(group, signal) {
-            warn!(error = %e, pid, "the signal did not reach the server");
+            warn!(error = %e, "the signal did not reach the server");
         }
     }
 
@@ -116,6 +159,7 @@ impl Actor {
         let more: &[&str] = match first {
             FirstStart::Yes => &FIRST_ARGUMENTS,
             FirstStart::Opened => &OPENED_ARGUMENTS,
+            FirstStart::Replica => &REPLICA_ARGUMENTS,
             FirstStart::No => &[],
         };
         self.output.begin();
@@ -138,6 +182,7 @@ impl Actor {
             tokio::spawn(async move { output.follow(stderr).await });
         }
         let pid = child.id().unwrap_or(0);
+        self.group.store(i32::try_from(pid).unwrap_or(0), Ordering::Relaxed);
         info!(pid, start = first.name(), program = %program.display(), "the server is started");
         self.running = Some(Running { child, pid, since: Instant::now(), first, _own: own });
         self.set(Status::Running(pid));
@@ -153,6 +198,7 @@ impl Actor {
                 1
             }
         };
+        self.last_code = code;
         let ran = running.since.elapsed();
         info!(pid = running.pid, code, ran_seconds = ran.as_secs(), "the server has ended");
         if !self.stopping.is_empty() {

@@ -6,6 +6,7 @@ use std::{
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
+use rustix::process::Pid;
 use tokio::process::{Child, Command};
 
 static OWN: LazyLock<Mutex<HashSet<u32>>> = LazyLock::new(Mutex::default);
@@ -28,6 +29,17 @@ pub fn spawn(command: &mut Command) -> io::Result<(Child, OwnChild)> {
     let pid = child.id().unwrap_or(0);
     own.insert(pid);
     Ok((child, OwnChild(pid)))
+}
+
+/// Whether a process is this one's child: started here, or an orphan that came to it.
+#[must_use]
+pub fn is_child_of_this_process(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    let parent = stat.ok().and_then(|stat| {
+        let (_, rest) = stat.rsplit_once(") ")?;
+        rest.split(' ').nth(1)?.parse::<u32>().ok()
+    });
+    parent == Some(std::process::id())
 }
 
 /// The processes that are waited for, for as long as the guard is held.

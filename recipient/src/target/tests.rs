@@ -1,8 +1,11 @@
 //! The path rules on real directories.
 
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::{
+    os::unix::fs::{PermissionsExt as _, symlink},
+    sync::Arc,
+};
 
-use marcot_common::connect::ClientTls;
+use marcot_common::{connect::ClientTls, tls::Versions};
 use marcot_proto::recipient::v1::CloneLocalRequest;
 use tempfile::TempDir;
 
@@ -21,13 +24,17 @@ impl Home {
         let data = directory.path().join("data");
         std::fs::create_dir(&data).unwrap();
         let settings = Settings {
+            donors: Arc::default(),
             data_directory: Some(data),
             allow_directories: Vec::new(),
             donor_tls: ClientTls::default(),
+            donor_tls_versions: Versions::default(),
             engine: None,
             concurrency: 1,
             entries_max: 1,
             donor_timeout: std::time::Duration::ZERO,
+            stall_timeout: std::time::Duration::ZERO,
+            certificate_signer: None,
             install: InstallSettings::default(),
         };
         Self { directory, settings }

@@ -3,9 +3,14 @@
 
 #[path = "../../../donor/engine/src/innodb"]
 pub mod innodb {
-    pub mod frm;
+    pub mod mariadb {
+        pub mod frm;
+        pub mod redo;
+    }
+    pub mod mysql {
+        pub mod redo;
+    }
     pub mod page;
-    pub mod redo;
 }
 
 /// Puts a big-endian number where there is room for it.

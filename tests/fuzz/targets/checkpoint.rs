@@ -6,7 +6,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use marcot_fuzz::{
-    innodb::redo::{CHECKPOINT_BYTES, Checkpoint, HEADER_BYTES, Header, START_OFFSET, capacity},
+    innodb::mariadb::redo::{
+        CHECKPOINT_BYTES, Checkpoint, HEADER_BYTES, Header, START_OFFSET, capacity,
+    },
     put,
 };
 

@@ -5,7 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use marcot_fuzz::innodb::frm::table_engine;
+use marcot_fuzz::innodb::mariadb::frm::table_engine;
 
 fuzz_target!(|data: &[u8]| {
     let _ = table_engine(data);

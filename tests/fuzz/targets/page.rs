@@ -20,6 +20,8 @@ const SPACE_ID: u32 = 7;
 
 fuzz_target!(|data: &[u8]| {
     let _ = PageFormat::from_first_page(data);
+    let _ = PageFormat::from_first_page_of_mysql(data);
+    of_mysql(data);
     let _ = doublewrite_pages(data);
     let _ = lsn(data);
     let [layout, number, options, body @ ..] = data else {
@@ -40,6 +42,34 @@ fuzz_target!(|data: &[u8]| {
     let state = check(&format, &page, number);
     assert!(compressed || matches!(state, Some(PageState::Valid { .. })), "a sealed page is right");
 });
+
+/// MySQL's tablespaces, all of which have the dictionary's bit, of 16 KiB, of 4, and compressed.
+fn of_mysql(data: &[u8]) {
+    const DICTIONARY: u32 = 0x4000;
+    let [layout, number, body @ ..] = data else { return };
+    let (flags, size) = [(0x21, 16384), (0xe1, 4096), (0x29, 8192)][usize::from(*layout) % 3];
+    let mut first = vec![0; size];
+    put(&mut first, 34, SPACE_ID);
+    put(&mut first, 38, SPACE_ID);
+    put(&mut first, 54, flags | DICTIONARY);
+    seal(flags, &mut first, false);
+    let format =
+        PageFormat::from_first_page_of_mysql(&first).expect("a sealed first page is right");
+    assert_eq!(format.physical_page_size(), size);
+    let number = u32::from(*number) + 1;
+    let mut page = vec![0; size];
+    let length = body.len().min(size);
+    page[..length].copy_from_slice(&body[..length]);
+    check(&format, &page, number);
+    put(&mut page, 4, number);
+    put(&mut page, 34, SPACE_ID);
+    let page_type = u16::from_be_bytes([page[24], page[25]]);
+    seal(flags, &mut page, false);
+    let state = check(&format, &page, number);
+    let is_plain = !matches!(page_type, 14..=17 | 34354 | 37401);
+    assert!(!is_plain || matches!(state, Some(PageState::Valid { .. })), "a sealed page is right");
+    let _ = format.leaves_out_parts(&page);
+}
 
 /// The format of a first page with nothing but flags, ids and checksums.
 fn format(flags: u32) -> PageFormat {

@@ -7,7 +7,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use marcot_fuzz::{
-    innodb::redo::{BadMtr, Parsed, ends_checkpoint, parse_mtr, walk},
+    innodb::mariadb::redo::{BadMtr, Parsed, ends_checkpoint, parse_mtr, walk},
     put,
 };
 

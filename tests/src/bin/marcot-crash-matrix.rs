@@ -5,7 +5,9 @@
 //! form), CUTS (of power, at random moments, in each form), SEED, FORMS, STEPS (names to look at).
 //!
 //! A kill is right when the server starts on one tree, all of it old or all of it new, as the rule of
-//! its step says; every table is checked. The last line of standard output is `right K/K`.
+//! its step says; every table is checked. A kill at a random moment counts when a clone or an install
+//! ran; at least half of those must fall between an install's first and last step, and both trees must
+//! come of them, in each form. The last line of standard output is `right K/K`.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a program of the tests")]
 
@@ -17,21 +19,26 @@ use std::{
 };
 
 use marcot_proto::recipient::v1::{
-    AcceptCloneRequest, Clone, CloneOptions, GetCloneRequest, RollbackCloneRequest, State,
-    recipient_service_client::RecipientServiceClient,
+    AcceptCloneRequest, Clone, CloneOptions, GetCloneRequest, InstallStep, RollbackCloneRequest,
+    State, recipient_service_client::RecipientServiceClient,
 };
 use marcot_tests::{
     Recipient,
     bench::number,
+    disk::Disk,
     killer::Blow,
+    random::Random,
     recipient,
     site::{Site, copy_tree},
-    volume::{run, unmount},
+    volume::run,
 };
 use tonic::transport::Channel;
 
 /// Rest at every step when the moment is random, so that most kills fall between two of them.
 const STEP_PAUSE_MS: &str = "150";
+
+/// So many kills at random moments must show both trees.
+const MANY: u64 = 10;
 
 /// Bytes of the file system whose power is cut.
 const VOLUME_BYTES: &str = "300M";
@@ -41,7 +48,7 @@ const INSTALL: [(&str, &[(&str, &str)]); 2] = [
     (
         "exchange",
         &[
-            ("staged", "old"),
+            ("staged", "new"),
             ("stopped", "old"),
             ("exchanging", "old"),
             ("in_place", "new"),
@@ -53,7 +60,7 @@ const INSTALL: [(&str, &[(&str, &str)]); 2] = [
     (
         "move",
         &[
-            ("staged", "old"),
+            ("staged", "new"),
             ("stopped", "old"),
             ("setting_aside", "old"),
             ("putting_in", "old"),
@@ -103,6 +110,8 @@ enum Moment {
 struct Outcomes {
     right: u64,
     all: u64,
+    /// At random moments, by how and form: all, and those between an install's first and last step.
+    random: BTreeMap<(String, String), (u64, u64)>,
     /// By how it was ended, form and last step: old, new.
     table: BTreeMap<(String, String, String), (u64, u64)>,
 }
@@ -154,11 +163,34 @@ async fn main() -> ExitCode {
     for ((end, form), (old, new)) in between {
         println!("{end:<10} {form:<9} {:<16} {old:>4} {new:>4}", "all");
     }
+    let is_spread = outcomes.spread();
     println!("right {}/{}", outcomes.right, outcomes.all);
-    if outcomes.right == outcomes.all && outcomes.all > 0 {
+    if outcomes.right == outcomes.all && outcomes.all > 0 && is_spread {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+impl Outcomes {
+    /// Whether random moments were where they had to be.
+    fn spread(&self) -> bool {
+        let mut is_spread = true;
+        for ((how, form), (all, between)) in &self.random {
+            println!("{how:<10} {form:<9} at random: {between} of {all} between two steps");
+            let (mut old, mut new) = (0, 0);
+            for ((end, of, _), counts) in &self.table {
+                if of == form && (end == how || (how == "Kill" && end == "KillAlone")) {
+                    old += counts.0;
+                    new += counts.1;
+                }
+            }
+            if between * 2 < *all || (*all >= MANY && (old == 0 || new == 0)) {
+                println!("TOO FEW {how} {form}: {between} of {all} between, {old} old, {new} new");
+                is_spread = false;
+            }
+        }
+        is_spread
     }
 }
 
@@ -175,7 +207,7 @@ struct Ground {
     site: Site,
     /// The old data, to set back from.
     saved: PathBuf,
-    volume: Option<Volume>,
+    volume: Option<Disk>,
 }
 
 impl Ground {
@@ -183,7 +215,7 @@ impl Ground {
         let mut site = Site::new();
         let saved = site.path("saved");
         copy_tree(&site.data, &saved);
-        let volume = on_volume.then(|| Volume::new(site.home.path()));
+        let volume = on_volume.then(|| Disk::new(site.home.path(), VOLUME_BYTES, "1500M"));
         if let Some(volume) = &volume {
             // In form `move` the data directory is the mount point itself.
             // The history lies beside it where there is room.
@@ -211,6 +243,10 @@ impl Ground {
         } else {
             drop(std::fs::remove_dir_all(&self.site.data));
             copy_tree(&self.saved, &self.site.data);
+        }
+        if self.volume.is_some() {
+            // A cut of power must find old data that were durable before the clone began.
+            run("sync", &["-f", text(&self.site.data)]);
         }
     }
 
@@ -240,19 +276,21 @@ impl Ground {
         let mut client = recipient(&recipient_1).await;
         let clone = self.site.begin(&mut client, CloneOptions::default()).await.unwrap();
         let begun = Instant::now();
-        match moment {
+        let call = match moment {
             Moment::Step(step) => {
                 let call = self.lead_to(step, clone.name.clone(), client.clone());
                 self.wait_for_step(&recipient_1, step).await;
-                drop(call);
+                call
             }
             Moment::After(delay) => {
                 // Some of them during a roll-back or an accept that follows at once.
                 let after = ["rolled_back", "accepted", ""][random.below(3)];
-                drop(self.lead_to(after, clone.name.clone(), client.clone()));
+                let call = self.lead_to(after, clone.name.clone(), client.clone());
                 tokio::time::sleep(delay.saturating_sub(begun.elapsed())).await;
+                call
             }
-        }
+        };
+        let runs = !call.is_finished() || self.runs(&mut client, &clone.name).await;
         let log = recipient_1.0.log();
         self.end(end, &mut recipient_1);
         drop(recipient_1);
@@ -261,10 +299,15 @@ impl Ground {
         drop(std::fs::remove_file(&hold));
         let verdict = self.look(&clone.name, &log).await;
         let key = (format!("{end:?}"), self.form.to_owned(), last.clone());
-        // Before the first step there is no install to kill.
-        let counts = !steps.is_empty();
-        if expected.is_none() && !counts {
-            return false;
+        if expected.is_none() {
+            if !runs {
+                // There was nothing to kill.
+                return false;
+            }
+            let how = if end == End::PowerCut { "PowerCut" } else { "Kill" };
+            let sums = outcomes.random.entry((how.to_owned(), self.form.to_owned())).or_default();
+            sums.0 += 1;
+            sums.1 += u64::from(!steps.is_empty());
         }
         outcomes.all += 1;
         match verdict {
@@ -277,6 +320,13 @@ impl Ground {
             Err(why) => println!("WRONG {key:?}: {why}"),
         }
         true
+    }
+
+    /// Whether the clone has not come to its end.
+    async fn runs(&self, client: &mut RecipientServiceClient<Channel>, name: &str) -> bool {
+        let request = GetCloneRequest { name: name.to_owned() };
+        let clone = client.get_clone(request).await.unwrap().into_inner().clone.unwrap();
+        clone.state() == State::InProgress
     }
 
     /// Asks for what leads to a step after `opened`.
@@ -350,7 +400,7 @@ impl Ground {
         if mark != "old" && mark != "new" {
             return Err(mark);
         }
-        if let Some(clone) = clone {
+        if let Some(clone) = &clone {
             let state = clone.state();
             let agrees = match mark.as_str() {
                 "old" => matches!(state, State::Failed | State::RolledBack | State::Cancelled),
@@ -358,6 +408,12 @@ impl Ground {
             };
             if !agrees {
                 return Err(format!("{mark} stands and the clone says {state:?}\n{log}"));
+            }
+        }
+        if let (Some(step), true) = (step_of(&clone), self.site.leftovers().is_empty()) {
+            let keeps = matches!(step, InstallStep::InPlace | InstallStep::Opened);
+            if keeps {
+                return Err(format!("nothing is kept and the clone says {step:?}"));
             }
         }
         // What is kept is kept for a reason: the old data, or a clone that a person has given up.
@@ -394,6 +450,10 @@ async fn settled(
     }
 }
 
+fn step_of(clone: &Option<Clone>) -> Option<InstallStep> {
+    Some(clone.as_ref()?.install.as_ref()?.step())
+}
+
 /// The steps that a log tells of.
 fn steps_in(log: &str) -> Vec<String> {
     log.lines()
@@ -402,81 +462,6 @@ fn steps_in(log: &str) -> Vec<String> {
         .collect()
 }
 
-/// An ext4 file system in an image on a file system that shares blocks, so that a copy of the image
-/// at one moment is what a disk holds after a power cut at that moment.
-struct Volume {
-    shared: PathBuf,
-    image: PathBuf,
-    after: PathBuf,
-    mount_point: PathBuf,
-}
-
-impl Volume {
-    fn new(home: &Path) -> Self {
-        let (backing, shared) = (home.join("backing.xfs"), home.join("shared"));
-        let mount_point = home.join("volume");
-        for directory in [&shared, &mount_point] {
-            std::fs::create_dir_all(directory).unwrap();
-        }
-        run("truncate", &["-s", "1500M", text(&backing)]);
-        run("mkfs.xfs", &["-q", "-m", "reflink=1", text(&backing)]);
-        run("mount", &["-o", "loop", text(&backing), text(&shared)]);
-        let (image, after) = (shared.join("now.img"), shared.join("after.img"));
-        Self { shared, image, after, mount_point }
-    }
-
-    fn format(&self) {
-        self.unmount();
-        drop(std::fs::remove_file(&self.image));
-        drop(std::fs::remove_file(&self.after));
-        run("truncate", &["-s", VOLUME_BYTES, text(&self.image)]);
-        run("mkfs.ext4", &["-q", "-F", text(&self.image)]);
-    }
-
-    fn mount(&self, image: &Path) {
-        run("mount", &["-o", "loop", text(image), text(&self.mount_point)]);
-    }
-
-    /// What the disk holds at this moment.
-    fn cut(&self) {
-        run("cp", &["--reflink=always", text(&self.image), text(&self.after)]);
-    }
-
-    fn unmount(&self) {
-        // Processes that were killed may still be closing their files.
-        unmount(&self.mount_point);
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        self.unmount();
-        run("umount", &[text(&self.shared)]);
-    }
-}
-
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
-}
-
-/// A small generator whose numbers follow from its seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn fraction(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % bound as u64).unwrap()
-    }
 }

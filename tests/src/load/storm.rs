@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use mysql::{Conn, prelude::Queryable as _};
@@ -65,8 +66,12 @@ pub(super) fn change_tables(shared: &Shared, conn: &mut Conn) {
     }
     let mut number = 0;
     while !shared.stopped() {
+        if shared.ddl_rests.load(Ordering::Relaxed) {
+            std::thread::park_timeout(Duration::from_millis(50));
+            continue;
+        }
         number += 1;
-        for (kind, sql) in step(&mut tables, &mut random, number) {
+        for (kind, sql) in step(shared, &mut tables, &mut random, number) {
             match conn.query_drop(&sql) {
                 Ok(()) if kind.is_empty() => {}
                 Ok(()) => shared.done(kind),
@@ -81,7 +86,7 @@ pub(super) fn change_tables(shared: &Shared, conn: &mut Conn) {
     }
 }
 
-fn step(tables: &mut Tables, random: &mut Random, number: u64) -> Step {
+fn step(shared: &Shared, tables: &mut Tables, random: &mut Random, number: u64) -> Step {
     let picked = pick(tables, random);
     let free = (0..TABLES).find(|n| !tables.contains_key(n));
     match (random.below(11), picked, free) {
@@ -92,7 +97,8 @@ fn step(tables: &mut Tables, random: &mut Random, number: u64) -> Step {
                 "create",
                 format!(
                     "CREATE TABLE ddl.t{free} (id INT PRIMARY KEY, v VARCHAR(100), w INT, KEY (v)) \
-                     ENGINE=InnoDB AS SELECT seq id, MD5(seq) v, seq w FROM mysql.seq_1_to_{rows}"
+                     ENGINE=InnoDB AS SELECT seq id, MD5(CONCAT(seq)) v, seq w FROM {}",
+                    shared.sequence(rows)
                 ),
             )]
         }
@@ -127,7 +133,7 @@ fn step(tables: &mut Tables, random: &mut Random, number: u64) -> Step {
             ("truncate", format!("TRUNCATE TABLE ddl.t{n}")),
             ("", format!("INSERT INTO ddl.t{n} (id) VALUES (-{number})")),
         ],
-        (7, Some(n), _) => change_engine(n, tables, random),
+        (7, Some(n), _) => change_engine(shared, n, tables, random),
         (8, ..) => {
             let schema = number % 3;
             vec![
@@ -142,8 +148,11 @@ fn step(tables: &mut Tables, random: &mut Random, number: u64) -> Step {
     }
 }
 
-fn change_engine(n: u64, tables: &mut Tables, random: &mut Random) -> Step {
-    let engine = ["Aria", "InnoDB", "MyISAM"][random.below(3) as usize];
+fn change_engine(shared: &Shared, n: u64, tables: &mut Tables, random: &mut Random) -> Step {
+    let engine = match shared.version.is_mysql() {
+        true => "InnoDB",
+        false => ["Aria", "InnoDB", "MyISAM"][random.below(3) as usize],
+    };
     tables.get_mut(&n).expect("picked").engine = engine;
     vec![
         ("alter engine", format!("ALTER TABLE ddl.t{n} ENGINE={engine}")),

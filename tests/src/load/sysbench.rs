@@ -8,7 +8,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use crate::{mariadb::MariaDb, wait_for};
+use crate::{database::Database, wait_for};
 
 /// Errors of a conflict, as `errors::CONFLICTS` has them: counted as err/s, and tried again.
 const IGNORED: &str = "--mysql-ignore-errors=1205,1213,1020";
@@ -30,7 +30,8 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) fn start(server: &MariaDb) -> Self {
+    /// At most `rate` transactions per second; 0: as many as the server takes.
+    pub(super) fn start(server: &Database, rate: u64) -> Self {
         if server.query("SHOW DATABASES LIKE 'sbtest'").is_empty() {
             drop(server.query("CREATE DATABASE sbtest"));
             let output = command(server, "prepare").output();
@@ -40,7 +41,8 @@ impl Running {
         }
         let output = tempfile::tempfile().expect("a temporary file");
         let twin = || Stdio::from(output.try_clone().expect("a file can be shared"));
-        let child = command(server, "run").stdout(twin()).stderr(twin()).spawn();
+        let rate = format!("--rate={rate}");
+        let child = command(server, "run").arg(rate).stdout(twin()).stderr(twin()).spawn();
         Self { child: child.expect("sysbench: `make test` installs it"), output }
     }
 
@@ -71,7 +73,7 @@ impl Drop for Running {
     }
 }
 
-fn command(server: &MariaDb, verb: &str) -> Command {
+fn command(server: &Database, verb: &str) -> Command {
     let mut command = Command::new("sysbench");
     command
         .args(["oltp_write_only", "--tables=4", "--table-size=10000", "--threads=2", "--time=0"])

@@ -18,9 +18,13 @@ const REST: Duration = Duration::from_millis(1500);
 
 pub(super) fn fill_undo(shared: &Shared, conn: &mut Conn) {
     let make = format!(
-        "CREATE OR REPLACE TABLE mix.undo (id INT PRIMARY KEY, v VARCHAR(1200)) ENGINE=InnoDB AS \
-         SELECT seq id, REPEAT(MD5(seq), 34) v FROM mysql.seq_1_to_{UNDO_ROWS}"
+        "CREATE TABLE mix.undo (id INT PRIMARY KEY, v VARCHAR(1200)) ENGINE=InnoDB AS \
+         SELECT seq id, REPEAT(MD5(CONCAT(seq)), 34) v FROM {}",
+        shared.sequence(UNDO_ROWS)
     );
+    if let Err(error) = conn.query_drop("DROP TABLE IF EXISTS mix.undo") {
+        return shared.problem(format!("undo: {error}"));
+    }
     let statements = [make, "UPDATE mix.undo SET v = REVERSE(v)".to_owned()];
     let mut turn = 0;
     while !shared.stopped() {
@@ -39,7 +43,11 @@ pub(super) fn fill_undo(shared: &Shared, conn: &mut Conn) {
 }
 
 pub(super) fn resize_log(shared: &Shared, conn: &mut Conn) {
-    let size: Option<u64> = match conn.query_first("SELECT @@innodb_log_file_size") {
+    let variable = match shared.version.is_mysql() {
+        true => "innodb_redo_log_capacity",
+        false => "innodb_log_file_size",
+    };
+    let size: Option<u64> = match conn.query_first(format!("SELECT @@{variable}")) {
         Ok(size) => size,
         Err(error) => return shared.problem(format!("resize: {error}")),
     };
@@ -48,7 +56,7 @@ pub(super) fn resize_log(shared: &Shared, conn: &mut Conn) {
     while !shared.stopped() {
         shared.rest(REST);
         turn += 1;
-        let sql = format!("SET GLOBAL innodb_log_file_size = {}", size + size * (turn % 2));
+        let sql = format!("SET GLOBAL {variable} = {}", size + size * (turn % 2));
         match conn.query_drop(&sql) {
             Ok(()) => shared.done("resize"),
             Err(error) => {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mysql::{Conn, prelude::Queryable as _};
 
 use super::{Moment, Random, Shared, errors::NONE, lock};
-use crate::mariadb::MariaDb;
+use crate::database::Database;
 
 /// How long transactions stay prepared, and which rows they change: each client has its own.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +84,7 @@ pub(super) fn run(shared: &Shared, conn: &mut Conn, kind: Kind) {
 
 /// Checks what a copy has prepared: only what its donor may have had prepared between two moments,
 /// and all that the donor had prepared at both.
-pub fn check_prepared(copy: &MariaDb, all: &[Prepared], before: &Moment, ended: &Moment) -> usize {
+pub fn check_prepared(copy: &Database, all: &[Prepared], before: &Moment, ended: &Moment) -> usize {
     let recovered = copy.query("XA RECOVER");
     let found: Vec<&str> =
         recovered.lines().filter_map(|line| line.split('\t').next_back()).collect();

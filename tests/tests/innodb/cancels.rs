@@ -5,18 +5,20 @@
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{
-        CancelCloneRequest, CloneStatementRequest, GetCloneRequest, State,
+        CancelCloneRequest, CloneOptions, CloneStatementRequest, GetCloneRequest, State,
         recipient_service_client::RecipientServiceClient,
     },
 };
 use marcot_tests::{
     client::wait_for_end,
     clone_and_wait,
+    killer::seed,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
     process,
     proxy::Proxy,
+    random::Random,
     recipient, wait_for,
 };
 use mysql::prelude::Queryable as _;
@@ -118,6 +120,7 @@ fn settled(live: &Live, most: usize) -> usize {
     })
 }
 
+/// Guards the end of a snapshot under FILE COPY: the follower, its spool and its connection go too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_in_file_copy_leaves_nothing() {
     let mut story = Story::start(&[]).await;
@@ -127,6 +130,7 @@ async fn a_cancel_in_file_copy_leaves_nothing() {
     story.cancel(&name).await;
 }
 
+/// Guards the end of a snapshot that has had two logs: the first one's hold goes with its round.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_in_page_copy_leaves_nothing() {
     let mut story = Story::start(&["--innodb-log-file-size=8M"]).await;
@@ -140,6 +144,7 @@ async fn a_cancel_in_page_copy_leaves_nothing() {
     story.cancel(&name).await;
 }
 
+/// Guards the end of a snapshot after the point: what was read under the locks is in no file any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_in_redo_copy_leaves_nothing() {
     let mut story = Story::start(&[]).await;
@@ -166,5 +171,100 @@ async fn a_cancel_while_locks_are_awaited_leaves_nothing() {
     let clone = wait_for_end(&mut story.client, &name).await;
     assert_eq!(clone.state(), State::Cancelled, "{clone:?}");
     let _descriptors = settled(&story.live, story.descriptors);
+    story.live.clone_and_check("clone", story.load).await;
+}
+
+/// Guards the end of `open` when nobody waits for it: it asks for the locks for 300 s otherwise, and
+/// stops DDL each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_while_ddl_is_to_be_blocked_ends_the_donors_waiting() {
+    let mut story = Story::start(&[]).await;
+    let mut holder = story.live.server.connect();
+    holder.query_drop("LOCK TABLES mix.csv WRITE").expect("a lock");
+    let statement = process::statement(story.proxy.port(), &story.live.path("clone"), "");
+    let options = Some(CloneOptions { block_ddl: true, ..Default::default() });
+    let request = CloneStatementRequest { statement, options, ..Default::default() };
+    let started = story.client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    wait_for("the donor to wait for its locks", || {
+        story.live.donor_connections().contains("BACKUP STAGE").then_some(())
+    });
+    let cancel = CancelCloneRequest { name: name.clone() };
+    story.client.cancel_clone(cancel).await.expect("a running clone can be cancelled");
+    let clone = wait_for_end(&mut story.client, &name).await;
+    assert_eq!(clone.state(), State::Cancelled, "{clone:?}");
+    wait_for("the donor to give up", || story.live.donor_connections().is_empty().then_some(()));
+    drop(holder);
+    let _descriptors = settled(&story.live, story.descriptors);
+    story.live.clone_and_check("clone", story.load).await;
+}
+
+/// Removes all that a recipient knows, and has staged.
+fn forget(home: &std::path::Path) {
+    for entry in std::fs::read_dir(home).expect("home is readable").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name == "state" || name == "clone" || name.starts_with(".marcot-") {
+            std::fs::remove_dir_all(entry.path()).expect("our own");
+        }
+    }
+}
+
+/// Resident memory of a process, bytes.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number") << 10
+}
+
+/// Goal: a donor of which clones are aborted over and over keeps nothing of them.
+/// Method: clones are cancelled, cut off or their recipient is killed, at moments that a seed decides; a
+/// recipient that goes on by itself is cancelled then, and some never come back, so that their leases
+/// end. ABORTS=n for another number than 40; the full run is 200.
+/// Guards what ends with a snapshot: locks, connections, spool files, descriptors, memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_that_are_aborted_over_and_over_leave_nothing() {
+    let aborts = marcot_tests::bench::number("ABORTS", 40);
+    let mut story = Story::start(&[]).await;
+    let mut random = Random(seed());
+    let mut early = 0;
+    for turn in 1..=aborts {
+        let name = story.begin().await;
+        let moment = std::time::Duration::from_millis(600).mul_f64(random.fraction());
+        tokio::time::sleep(moment).await;
+        match turn % 8 {
+            2 => story.proxy.cut(),
+            // Until the cancel, which the donor does not hear of in time.
+            5 => story.proxy.take_down(),
+            _ => {}
+        }
+        if turn % 40 == 20 {
+            // It forgets all: only the end of its lease frees the snapshot.
+            story.live.recipient.0.kill();
+            forget(story.live.home.path());
+            story.live.restart_recipient();
+            story.client = recipient(&story.live.recipient).await;
+            continue;
+        }
+        if turn % 8 == 0 {
+            story.live.recipient.0.kill();
+            story.live.restart_recipient();
+            story.client = recipient(&story.live.recipient).await;
+        }
+        let cancel = CancelCloneRequest { name: name.clone() };
+        // It may have ended.
+        drop(story.client.cancel_clone(cancel).await);
+        let end = wait_for_end(&mut story.client, &name).await;
+        story.proxy.pass();
+        drop(std::fs::remove_dir_all(story.live.path("clone")));
+        if turn == aborts / 4 {
+            let _descriptors = settled(&story.live, story.descriptors);
+            early = resident(story.live.donor.0.pid());
+        }
+        assert_ne!(end.state(), State::InProgress, "{end:?}");
+    }
+    let _descriptors = settled(&story.live, story.descriptors);
+    let late = resident(story.live.donor.0.pid());
+    eprintln!("{aborts} aborts: {early} bytes resident after a quarter of them, {late} at the end");
+    assert!(late < early + (16 << 20), "{early} bytes grew to {late}");
     story.live.clone_and_check("clone", story.load).await;
 }

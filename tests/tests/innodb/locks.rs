@@ -9,7 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use marcot_proto::recipient::v1::{CloneStatementRequest, State};
+use marcot_proto::recipient::v1::{
+    CloneOptions, CloneStatementRequest, State, recipient_service_client::RecipientServiceClient,
+};
 use marcot_tests::{
     client::wait_for_end,
     killer::Blow,
@@ -18,6 +20,7 @@ use marcot_tests::{
     mariadb::Version,
     recipient, wait_for,
 };
+use tonic::transport::Channel;
 
 /// Longest that writers may wait when the holder of BLOCK_COMMIT is frozen: the server drops it
 /// after 2 s of silence, and looks at that timeout late when all cores are busy.
@@ -125,6 +128,122 @@ async fn a_donor_killed_while_ddl_is_blocked_leaves_no_lock() {
     let reason = outcome.reason.expect("a clone whose donor is gone fails");
     assert!(reason.contains("UNREACHABLE"), "{reason}");
     clone_again(live).await;
+}
+
+/// Guards R2 from the first statement on: whatever a stage of BACKUP STAGE holds, the server lets it
+/// go when its holder has been silent for 20 s.
+async fn a_donor_is_frozen_at(stage: &'static str) {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let outcome = strike(&mut live, stage, Blow::Freeze).await;
+    assert!(outcome.ddl < DDL_BLOCKED_MAX, "DDL waited for {:?}", outcome.ddl);
+    assert!(outcome.commits < Duration::from_secs(2), "commits waited: {:?}", outcome.commits);
+    let reasons = ["DATABASE_LOST", "REDO_OVERRUN"];
+    let reason = outcome.reason.as_deref();
+    assert!(reason.is_none_or(|reason| reasons.contains(&reason)), "{reason:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_frozen_as_it_begins_a_backup_stage_holds_nobody_up_for_long() {
+    a_donor_is_frozen_at("BACKUP STAGE START").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_frozen_while_tables_are_flushed_holds_nobody_up_for_long() {
+    a_donor_is_frozen_at("BACKUP STAGE FLUSH").await;
+}
+
+/// A clone for which DDL is blocked, behind a proxy of the database.
+async fn begin_with_ddl_blocked(live: &Live) -> (RecipientServiceClient<Channel>, String) {
+    let mut client = recipient(&live.recipient).await;
+    let options = Some(CloneOptions { block_ddl: true, ..Default::default() });
+    let statement = live.statement("clone", false);
+    let request = CloneStatementRequest { statement, options, ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    (client, started.into_inner().clone.expect("a clone").name)
+}
+
+/// Guards the end of a connection that has asked for BLOCK_COMMIT: kept for another try, as one that
+/// only blocks DDL is, it is lost and so is the clone.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_cut_while_commits_are_blocked_cost_one_try_of_the_cut() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
+    load.wait_for_commits(200);
+    let before = load.moment();
+    let proxy = Arc::new(live.proxy_database());
+    let (struck, cuts) = (Arc::new(Mutex::new(None)), Arc::clone(&proxy));
+    let when = Arc::clone(&struck);
+    proxy.when_answered("BACKUP STAGE BLOCK_COMMIT", move || {
+        cuts.cut();
+        *when.lock().expect("nobody panics with it") = Some(Instant::now());
+    });
+    let (_client, name) = begin_with_ddl_blocked(&live).await;
+    let at = wait_for("the cut", || *struck.lock().expect("nobody panics with it"));
+    load.wait_for_commits(50);
+    let commits = load.longest_silence(at, Instant::now());
+    assert!(commits < KILLED_MAX, "commits waited for {commits:?}");
+    let _clone = live.check_end("clone", &name, before, load, &[]).await;
+    assert!(live.donor.0.log().contains("the cut failed, trying again"));
+}
+
+/// Guards R2 after a cut that has failed once commits were blocked: whatever the recipient does,
+/// they go on, and so does DDL. With the connection kept for the clone, its keeper and the server's
+/// 2 s of patience race.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_that_fails_while_commits_are_blocked_lets_them_go_on_at_once() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
+    load.wait_for_commits(200);
+    let proxy = live.proxy_database_with(&["--spool-quota", "64MiB"]);
+    let struck = Arc::new(Mutex::new(None));
+    let (when, pid) = (Arc::clone(&struck), live.recipient.0.pid());
+    let table = live.path("data/mysql/general_log.CSV");
+    // The server does not write it: log_output is FILE.
+    let grown = table.clone();
+    proxy.when_answered("BACKUP STAGE BLOCK_COMMIT", move || {
+        Blow::Freeze.strike(pid);
+        let file = std::fs::File::options().write(true).open(&grown).expect("the log table");
+        file.set_len(80 << 20).expect("a sparse file");
+        *when.lock().expect("nobody panics with it") = Some(Instant::now());
+    });
+    let (mut client, name) = begin_with_ddl_blocked(&live).await;
+    let at = wait_for("the cut", || *struck.lock().expect("nobody panics with it"));
+    drop(live.server.query("SET lock_wait_timeout=50; CREATE TABLE ddl.later (id INT)"));
+    let ddl = at.elapsed();
+    load.wait_for_commits(200);
+    let commits = load.longest_silence(at, Instant::now());
+    live.recipient.0.thaw();
+    let clone = wait_for_end(&mut client, &name).await;
+    let failure = clone.error.expect("the log table does not fit");
+    assert_eq!(failure.reason, "LOCKED_SET_TOO_LARGE", "{failure:?}");
+    // Less than the server's own patience with a silent holder.
+    assert!(commits < Duration::from_millis(1800), "commits waited for {commits:?}");
+    assert!(ddl < KILLED_MAX, "DDL waited for {ddl:?}");
+    let file = std::fs::File::options().write(true).open(&table).expect("the log table");
+    file.set_len(0).expect("it was empty");
+    drop(load.stop());
+}
+
+/// Guards the end of it all when the database goes under the locks: an error, and within a bound.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_killed_at_the_cut_is_a_typed_error() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let mut load =
+        Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
+    load.wait_for_commits(100);
+    let proxy = live.proxy_database();
+    let pid = live.server.pid();
+    proxy.when_answered("BACKUP STAGE BLOCK_COMMIT", move || Blow::Kill.strike(pid));
+    let mut client = recipient(&live.recipient).await;
+    let request =
+        CloneStatementRequest { statement: live.statement("clone", false), ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    let clone = wait_for_end(&mut client, &name).await;
+    let reason = clone.error.expect("a clone whose database is gone fails").reason;
+    assert!(["DATABASE_LOST", "DATABASE_UNREACHABLE"].contains(&reason.as_str()), "{reason}");
+    assert!(!live.path("clone").exists(), "a clone that failed left its directory");
+    drop(load.end());
 }
 
 /// With the donor started again, all is as if nothing had been.

@@ -2,9 +2,14 @@
 //! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
 
 mod cancels;
+mod encrypted;
 mod faults;
+mod imports;
 mod kills;
 mod locks;
 mod matrix;
+mod moments;
+mod points;
 mod refusals;
 mod replicas;
+mod restarts;

@@ -1,7 +1,7 @@
 //! What cannot be cloned right is refused before a byte moves, and named.
 
 use marcot_tests::{
-    Donor, Recipient, clone_error,
+    Donor, clone_error,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
@@ -9,13 +9,14 @@ use marcot_tests::{
 };
 
 async fn error(live: &Live, donor: &Donor) -> marcot_proto::common::v1::Failure {
-    let recipient_of = Recipient::start(live.home.path(), &[]);
-    let mut client = recipient(&recipient_of).await;
+    let mut client = recipient(&live.recipient).await;
     let failure = clone_error(&mut client, &donor.statement(&live.path("refused"), "")).await;
     assert!(!live.path("refused").exists());
     failure
 }
 
+/// Guards the look at each privilege before a byte moves: with one left out the clone fails at its
+/// cut, or gives no coordinates.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_account_may_not_do_is_named() {
     let live = Live::start(Version::V10_11, &[], 1 << 20);
@@ -31,6 +32,12 @@ async fn what_the_account_may_not_do_is_named() {
         assert!(failure.message.contains(word), "{failure:?}");
         drop(live.server.query(&format!("GRANT {privilege} ON *.* TO marcot@localhost")));
     }
+    // A replica's SQL threads are to rest for the cut.
+    drop(live.server.query("CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_USER='nobody'"));
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "DATABASE_PRIVILEGE_MISSING", "{failure:?}");
+    assert!(failure.message.contains("REPLICATION SLAVE ADMIN"), "{failure:?}");
+    drop(live.server.query("RESET SLAVE ALL"));
     drop(live.server.query("SET PASSWORD FOR marcot@localhost = PASSWORD('other')"));
     let failure = error(&live, &live.donor).await;
     assert_eq!(failure.reason, "DATABASE_ACCESS_DENIED", "{failure:?}");
@@ -61,6 +68,53 @@ async fn tables_that_cannot_be_cloned_are_named() {
     assert!(failure.message.contains("`far/remote.frm` (SPHINX)"), "{failure:?}");
 }
 
+/// Guards R9: a link that leaves the tree, as MyISAM makes them for DATA DIRECTORY, and files that
+/// variables of the server place elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_lie_elsewhere_are_named() {
+    let arguments = ["--innodb-undo-directory={home}/undo", "--innodb-undo-tablespaces=2"];
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    std::fs::create_dir(live.path("elsewhere")).expect("a writable home");
+    drop(live.server.query(&format!(
+        "CREATE DATABASE far; CREATE TABLE far.m (id INT) ENGINE=MyISAM DATA DIRECTORY='{}'",
+        live.path("elsewhere").display()
+    )));
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "LINK_LEAVES_TREE", "{failure:?}");
+    assert!(failure.message.contains("far/m.MYD"), "{failure:?}");
+    drop(live);
+
+    let home = marcot_tests::new_directory();
+    std::fs::create_dir(home.path().join("undo")).expect("a writable home");
+    let here = home.path().display().to_string();
+    let arguments: Vec<String> = arguments.iter().map(|a| a.replace("{home}", &here)).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    live = Live::start(Version::V10_11, &arguments, 1 << 20);
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "PATH_OUTSIDE_DATA_DIRECTORY", "{failure:?}");
+    assert!(failure.message.contains("innodb_undo_directory"), "{failure:?}");
+}
+
+/// Guards R2: what is kept of the moment of the cut must fit, and that is known before a byte moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn log_tables_that_are_too_large_are_named_with_their_size() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let quota = ["--spool-quota", "64MiB"];
+    live.donor =
+        marcot_tests::live::donor_with(live.home.path(), &live.path("data"), &live.server, &quota);
+    let table = live.path("data/mysql/slow_log.CSV");
+    // The server does not write it: log_output is FILE.
+    let file = std::fs::File::options().write(true).open(table).expect("the log table");
+    file.set_len(80 << 20).expect("a sparse file");
+    let failure = error(&live, &live.donor).await;
+    assert_eq!(failure.reason, "LOCKED_SET_TOO_LARGE", "{failure:?}");
+    for text in ["mysql/slow_log.CSV` has 83886080", "allows 67108864"] {
+        assert!(failure.message.contains(text), "{failure:?}");
+    }
+    assert!(!live.donor.0.log().contains("snapshot opened"), "it was opened");
+    file.set_len(0).expect("it was empty");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_donor_tells_what_server_it_serves() {
     use marcot_proto::donor::v1::{GetServerInfoRequest, donor_service_client::DonorServiceClient};
@@ -74,6 +128,7 @@ async fn a_donor_tells_what_server_it_serves() {
     assert_eq!(info.variables["innodb_data_file_path"], "ibdata1:12M:autoextend");
 }
 
+/// Guards R6's sameness of server and directory: pages of one with redo of another are no database.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_data_directory_of_another_server_is_refused() {
     let live = Live::start(Version::V10_11, &[], 1 << 20);

@@ -1,37 +1,64 @@
 //! A replica as donor: the common case. Its own coordinates and its source's are both right.
 
+use marcot_proto::recipient::v1::{CloneStatementRequest, State};
 use marcot_tests::{
+    Proxy,
+    client::wait_for_end,
     clone_and_wait,
     invariants::check_copy,
-    live::{GRANTS, Live, WRITERS, donor},
+    killer::Blow,
+    live::{GRANTS, Live, WRITERS, donor, donor_by_port},
     load::{Load, LoadOptions},
     mariadb::{self, MariaDb, Options, Version},
-    recipient,
+    recipient, wait_for,
 };
 
+/// A replica that applies what its primary's load writes.
+struct Replicated {
+    live: Live,
+    replica: MariaDb,
+    load: Load,
+}
+
+impl Replicated {
+    fn start(arguments: &[&str]) -> Self {
+        let live = Live::start(Version::V10_11, &[], 8 << 20);
+        let data = live.path("replica");
+        let options = Options::primary(Version::V10_11, arguments).with(&["--server-id=7"]);
+        mariadb::install_with(&data, &options);
+        let replica = MariaDb::start_with(live.home.path(), &data, &options);
+        replica.replicate(&live.server, "");
+        // What a serial replica can keep up with.
+        let options = LoadOptions { writers: WRITERS, xa: true, rate: 200, ..Default::default() };
+        let load = Load::start(&live.server, options);
+        load.wait_for_commits(300);
+        drop(replica.query("SET sql_log_bin=0; FLUSH PRIVILEGES"));
+        let grants = GRANTS.replace("CREATE USER", "CREATE OR REPLACE USER");
+        let more = "GRANT REPLICATION SLAVE ADMIN ON *.* TO marcot@localhost";
+        drop(replica.query(&format!("SET sql_log_bin=0; {grants} {more}")));
+        Self { live, replica, load }
+    }
+
+    fn applies(&self) -> bool {
+        let running = self.replica.query("SHOW GLOBAL STATUS LIKE 'Slave_running'");
+        running.contains("ON")
+    }
+}
+
 /// Guards R4: the SQL threads rest for the cut, so no event group is half applied and none is
-/// prepared; and they run again afterwards. The clone of the replica is attached to the primary.
-async fn a_replica_is_cloned(arguments: &[&str]) {
-    let live = Live::start(Version::V10_11, &[], 8 << 20);
-    let data = live.path("replica");
-    let options = Options::primary(Version::V10_11, arguments).with(&["--server-id=7"]);
-    mariadb::install_with(&data, &options);
-    let replica = MariaDb::start_with(live.home.path(), &data, &options);
-    replica.replicate(&live.server, "");
-    let load =
-        Load::start(&live.server, LoadOptions { writers: WRITERS, xa: true, ..Default::default() });
-    load.wait_for_commits(300);
-    drop(replica.query("SET sql_log_bin=0; FLUSH PRIVILEGES"));
-    let grants = GRANTS.replace("CREATE USER", "CREATE OR REPLACE USER");
-    let more = "GRANT REPLICATION SLAVE ADMIN ON *.* TO marcot@localhost";
-    drop(replica.query(&format!("SET sql_log_bin=0; {grants} {more}")));
-    let donor = donor(live.home.path(), &data, &replica);
+/// prepared; and they run again afterwards. The clone of the replica is attached to the primary, or
+/// to the replica that it was made of.
+async fn a_replica_is_cloned(arguments: &[&str], logs: bool) {
+    let log = if logs { "--log-slave-updates=ON" } else { "--log-slave-updates=OFF" };
+    let all = Replicated::start(&[arguments, &[log]].concat());
+    let Replicated { live, replica, load } = &all;
+    let donor = donor(live.home.path(), replica.data_directory(), replica);
     let mut client = recipient(&live.recipient).await;
     let clone = clone_and_wait(&mut client, &donor.statement(&live.path("clone"), "")).await;
-    assert_eq!(clone.state(), marcot_proto::recipient::v1::State::Completed, "{clone:?}");
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
     load.wait_for_commits(100);
-    let running = replica.query("SHOW GLOBAL STATUS LIKE 'Slave_running'");
-    assert!(running.contains("ON"), "the SQL thread was not started again: {running}");
+    assert!(all.applies(), "the SQL thread was not started again");
+    let Replicated { live, replica, load } = all;
     let report = load.stop();
     eprintln!("{report}");
     let point = clone.coordinates.expect("coordinates");
@@ -40,13 +67,18 @@ async fn a_replica_is_cloned(arguments: &[&str]) {
     let copy =
         MariaDb::start_with(live.home.path(), &live.path("clone"), &live.options.for_clone());
     let _held = check_copy(&copy, WRITERS);
-    // At the point the copy stands where its donor stood: seeded from a replica, attached to the
-    // primary.
+    // At the point the copy stands where its donor stood.
     let own = copy.query("SELECT @@gtid_slave_pos");
     assert_eq!(own.trim(), source.gtid_executed, "the copy's own table and the coordinates");
-    copy.replicate(&live.server, &source.gtid_executed);
-    copy.catch_up(&live.server);
-    replica.catch_up(&live.server);
+    if logs {
+        copy.replicate_as_known(&replica, &point.gtid_executed);
+        replica.catch_up(&live.server);
+        copy.catch_up(&replica);
+    } else {
+        copy.replicate(&live.server, &source.gtid_executed);
+        copy.catch_up(&live.server);
+        replica.catch_up(&live.server);
+    }
     let without_accounts = |server: &MariaDb| {
         let all = server.replicated_checksums();
         let lines = all.lines().filter(|line| !line.starts_with("mysql."));
@@ -56,17 +88,78 @@ async fn a_replica_is_cloned(arguments: &[&str]) {
     copy.stop();
 }
 
+const PARALLEL: [&str; 2] = ["--slave-parallel-threads=4", "--slave-parallel-mode=optimistic"];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_serial_replica_without_a_log_of_its_own_is_cloned() {
-    a_replica_is_cloned(&["--log-slave-updates=OFF"]).await;
+    a_replica_is_cloned(&[], false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_serial_replica_that_logs_is_cloned() {
+    a_replica_is_cloned(&[], true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parallel_replica_without_a_log_of_its_own_is_cloned() {
+    a_replica_is_cloned(&PARALLEL, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parallel_replica_that_logs_is_cloned() {
-    let arguments = [
-        "--log-slave-updates=ON",
-        "--slave-parallel-threads=4",
-        "--slave-parallel-mode=optimistic",
-    ];
-    a_replica_is_cloned(&arguments).await;
+    a_replica_is_cloned(&PARALLEL, true).await;
+}
+
+/// Guards that the server itself starts the SQL threads again: with START SLAVE sent by the donor,
+/// as an earlier form had it, they rest until somebody looks. A frozen donor's named lock goes with
+/// its connection, after 60 s of silence.
+async fn a_donor_is_struck_while_the_replica_rests(blow: Blow) {
+    let all = Replicated::start(&["--log-slave-updates=ON"]);
+    let Replicated { live, replica, load } = &all;
+    let proxy = Proxy::start(([127, 0, 0, 1], replica.port.expect("it has one")).into());
+    let mut donor = donor_by_port(live.home.path(), replica.data_directory(), proxy.port(), &[]);
+    let pid = donor.0.pid();
+    let (at, struck) = std::sync::mpsc::channel();
+    let socket = replica.socket().to_owned();
+    proxy.when_answered("BACKUP STAGE BLOCK_COMMIT", move || {
+        let running = mariadb::ask(&socket, "SHOW GLOBAL STATUS LIKE 'Slave_running'");
+        blow.strike(pid);
+        at.send(running).expect("the test waits");
+    });
+    let mut client = recipient(&live.recipient).await;
+    let statement = donor.statement(&live.path("clone"), "");
+    let request = CloneStatementRequest { statement, ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    let running = tokio::task::block_in_place(|| struck.recv_timeout(marcot_tests::PATIENCE));
+    let running = running.expect("the blow").expect("the replica answers");
+    assert!(running.contains("OFF"), "the SQL threads did not rest: {running}");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(90);
+    while !all.applies() {
+        assert!(std::time::Instant::now() < deadline, "the SQL threads rest still");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let applied = || replica.query("SELECT @@gtid_slave_pos");
+    let then = applied();
+    load.wait_for_commits(50);
+    wait_for("the replica to apply more", || (applied() != then).then_some(()));
+    match blow {
+        Blow::Freeze => donor.0.thaw(),
+        _ => donor.0.kill(),
+    }
+    let clone = wait_for_end(&mut client, &name).await;
+    // A donor that goes on may make another cut.
+    assert!(clone.state() == State::Failed || blow == Blow::Freeze, "{clone:?}");
+    wait_for("the SQL threads to run", || all.applies().then_some(()));
+    drop(all.load.stop());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_clones_donor_was_killed_applies_again() {
+    a_donor_is_struck_while_the_replica_rests(Blow::Kill).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_clones_donor_is_frozen_applies_again() {
+    a_donor_is_struck_while_the_replica_rests(Blow::Freeze).await;
 }

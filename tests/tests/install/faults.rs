@@ -1,7 +1,7 @@
 //! What goes wrong around an install: the error is clear, the old data stand, and nothing is left
 //! that is not accounted for.
 
-use marcot_proto::recipient::v1::{Clone, State};
+use marcot_proto::recipient::v1::{Clone, PauseCloneRequest, ResumeCloneRequest, State};
 use marcot_tests::{
     Recipient,
     client::wait_for_end,
@@ -13,7 +13,7 @@ use marcot_tests::{
 };
 
 /// The clone has failed, and all is as it was.
-fn assert_untouched(site: &Site, clone: &Clone, texts: &[&str]) {
+pub(crate) fn assert_untouched(site: &Site, clone: &Clone, texts: &[&str]) {
     assert_eq!(clone.state(), State::Failed, "{clone:?}");
     let error = clone.error.as_ref().expect("a failure");
     for text in texts {
@@ -55,21 +55,140 @@ async fn too_little_room_for_two_copies_is_told_before_the_first_byte() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_inode_table_is_told_before_the_first_byte() {
-    let (site, _volume) = on_volume("320M", &["mkfs.ext4", "-q", "-F", "-N", "512"]);
-    let filler = site.data.parent().expect("a parent").join("filler");
-    std::fs::create_dir(&filler).expect("an inode is left");
-    for i in 0.. {
-        if std::fs::write(filler.join(i.to_string()), "").is_err() {
-            break;
+    for mkfs in
+        [&["mkfs.ext4", "-q", "-F", "-N", "512"][..], &["mkfs.xfs", "-q", "-f", "-i", "maxpct=1"]]
+    {
+        let (site, _volume) = on_volume("320M", mkfs);
+        let filler = site.data.parent().expect("a parent").join("filler");
+        std::fs::create_dir(&filler).expect("an inode is left");
+        for i in 0.. {
+            if std::fs::write(filler.join(i.to_string()), "").is_err() {
+                break;
+            }
         }
+        // The server needs some for itself.
+        for i in 0..30 {
+            std::fs::remove_file(filler.join(i.to_string())).expect("our own file");
+        }
+        // XFS gives them back when it comes to it.
+        wait_for("inodes", || std::fs::create_dir(site.data.with_extension("tmp")).ok());
+        let at = site.supervise(&[]);
+        let (_, clone) = site.replace(&at).await;
+        assert_untouched(&site, &clone, &["inodes"]);
     }
-    // The server needs some for itself.
-    for i in 0..30 {
-        std::fs::remove_file(filler.join(i.to_string())).expect("our own file");
+}
+
+/// Takes all the room that is left, but for what `leave` says.
+fn fill(site: &Site, leave: &str) -> std::path::PathBuf {
+    let filler = site.path("volume").join("filler");
+    let script = format!(
+        "fallocate -l $(( $(stat -f -c '%a*%S' {v}) - {leave} )) {f}; \
+         dd if=/dev/zero of={f} bs=4k oflag=append conv=notrunc status=none",
+        v = site.path("volume").display(),
+        f = filler.display()
+    );
+    let script =
+        if leave == "0" { script } else { script.split(';').next().expect("a part").to_owned() };
+    // dd ends when the disk is full.
+    drop(std::process::Command::new("bash").args(["-c", &script]).output().expect("bash"));
+    filler
+}
+
+/// Guards the clean end of a copy that finds the disk full: the server runs on, nothing is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_while_copying_ends_the_clone() {
+    let (site, _volume) = on_volume("400M", &["mkfs.ext4", "-q", "-F", "-m", "0"]);
+    let at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
+    client.pause_clone(PauseCloneRequest { name: clone.name.clone() }).await.expect("paused");
+    wait_for("the staging", || (!site.leftovers().is_empty()).then_some(()));
+    let filler = fill(&site, "(1<<20)");
+    client
+        .resume_clone(ResumeCloneRequest { name: clone.name.clone(), ..Default::default() })
+        .await
+        .expect("resumed");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    let error = clone.error.as_ref().expect("a failure");
+    assert_eq!(error.reason, "DISK_FULL", "{error:?}");
+    std::fs::remove_file(filler).expect("our own file");
+    assert_untouched(&site, &clone, &["No space left"]);
+}
+
+/// Guards the undoing of an install that finds the disk full: its journal has its room already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_undoes_the_install() {
+    let (site, _volume) = on_volume("400M", &["mkfs.ext4", "-q", "-F", "-m", "0"]);
+    // What is carried over needs room.
+    std::fs::write(site.data.join("server-key.pem"), vec![b'k'; 100_000]).expect("writable");
+    let hold = site.path("hold");
+    std::fs::write(&hold, "").expect("writable");
+    let wish = format!("stopped:{}", hold.display());
+    let at = site.supervise_with(&[], &[("MARCOT_TEST_HOLD_AT", &wish)]);
+    let mut client = recipient(&at).await;
+    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
+    wait_for("the step", || at.0.log().contains("step=\"stopped\"").then_some(()));
+    let filler = fill(&site, "0");
+    std::fs::remove_file(&hold).expect("our own file");
+    wait_for("the undoing", || at.0.log().contains("step=\"rolled_back\"").then_some(()));
+    std::fs::remove_file(filler).expect("our own file");
+    let clone = wait_for_end(&mut client, &clone.name).await;
+    assert_untouched(&site, &clone, &["No space left", "the old data are back"]);
+}
+
+/// Guards the clear end where a directory cannot leave its file system: one of a lower layer of an
+/// overlay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_cannot_be_renamed_stays_where_it_is() {
+    let mut site = Site::new();
+    let (lower, merged) = (site.path("lower"), site.path("merged"));
+    for directory in ["lower", "layers", "merged"] {
+        std::fs::create_dir(site.path(directory)).expect("writable");
     }
+    copy_tree(&site.data, &lower.join("own"));
+    let layers = Mounted::image(&site.path("layers"), "320M", &["mkfs.ext4", "-q", "-F"]);
+    let (upper, work) = (layers.mount_point.join("upper"), layers.mount_point.join("work"));
+    for directory in [&upper, &work] {
+        std::fs::create_dir(directory).expect("writable");
+    }
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={},redirect_dir=off",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    run("mount", &["-t", "overlay", "overlay", "-o", &options, merged.to_str().expect("plain")]);
+    let merged = Mounted { mount_point: merged };
+    site.data = merged.mount_point.join("own");
+    let at = site.supervise(&["--install-form", "exchange"]);
+    let (_, clone) = site.replace(&at).await;
+    assert_untouched(&site, &clone, &["exchange", "cross-device", "the old data are back"]);
+    drop(at);
+    wait_for("the server to end", || site.server_pid().is_none().then_some(()));
+    drop(merged);
+}
+
+/// Guards R13: what replaces a server's data has their SELinux label, or the server may not read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_label_of_the_data_directory_is_that_of_the_clone() {
+    let (site, _volume) = on_volume("320M", &["mkfs.ext4", "-q", "-F"]);
+    let label = "system_u:object_r:mysqld_db_t:s0";
+    let set = |path: &std::path::Path, value: &[u8]| {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(path, "security.selinux", value, flags).expect("root may");
+    };
+    let of = |path: &std::path::Path| {
+        let mut value = [0; 200];
+        let length = rustix::fs::getxattr(path, "security.selinux", &mut value[..]);
+        String::from_utf8(value[..length.expect("a label")].to_vec()).expect("text")
+    };
+    set(&site.data, label.as_bytes());
     let at = site.supervise(&[]);
     let (_, clone) = site.replace(&at).await;
-    assert_untouched(&site, &clone, &["inodes"]);
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    for path in ["", "ibdata1", "app", "app/rows.ibd", "app/mark.frm"] {
+        assert_eq!(of(&site.data.join(path)), label, "{path}");
+    }
 }
 
 /// Guards the undoing of an exchange that the kernel refuses, and the choice of the form: the same
@@ -169,4 +288,35 @@ async fn no_server_starts_on_half_a_tree() {
 fn start_by_hand(site: &Site, why: &str) {
     let log = MariaDb::start_until_log(site.home.path(), &site.data, &site.options, why);
     assert!(log.contains(why), "`{why}` is not in: {log}");
+}
+
+/// Guards the copy of a clone that replaces a server's data: killed while it copies, the recipient goes
+/// on with it when it is started again, and the server runs on the old data until then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recipient_killed_while_a_replacing_clone_copies_goes_on() {
+    let site = Site::new();
+    let proxy = marcot_tests::Proxy::start(site.donor.0.address);
+    // Equal blocks of the old data do not come: there is little to copy.
+    proxy.limit(Some(128 << 10));
+    let mut at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let request = marcot_proto::recipient::v1::CloneInstanceRequest {
+        host: "127.0.0.1".to_owned(),
+        port: proxy.port().into(),
+        user: "clone".to_owned(),
+        ..Default::default()
+    };
+    let started = client.clone_instance(request).await.expect("the clone is accepted");
+    let name = started.into_inner().clone.expect("a clone").name;
+    wait_for("bytes to pass", || (proxy.counts().down_bytes > 256 << 10).then_some(()));
+    at.0.kill();
+    proxy.limit(None);
+    wait_for("the server to end with its supervisor", || site.server_pid().is_none().then_some(()));
+    let at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let clone = wait_for_end(&mut client, &name).await;
+    assert_eq!((clone.state(), clone.resumes), (State::Completed, 1), "{clone:?}");
+    site.wait_for_server();
+    assert_eq!(site.mark(), "new");
+    assert_eq!(site.damaged_tables(), "");
 }

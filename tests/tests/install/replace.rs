@@ -38,6 +38,12 @@ async fn accepted(form: &str) {
     let refused = site.begin(&mut client, Default::default()).await;
     let refused = refused.expect_err("one install at a time keeps old data");
     assert!(refused.message().contains("marcot accept"), "{refused}");
+    let list = client.list_leftovers(ListLeftoversRequest {}).await.expect("a list").into_inner();
+    let [kept] = &list.leftovers[..] else { panic!("{list:?}") };
+    assert!(!kept.removable && kept.allocated_bytes > 1 << 20, "{kept:?}");
+    let request = DeleteLeftoverRequest { name: kept.name.clone() };
+    let refused = client.delete_leftover(request).await.expect_err("it is the only old tree");
+    assert!(refused.message().contains("marcot accept"), "{refused}");
     let request = AcceptCloneRequest { name: clone.name.clone() };
     for _ in 0..2 {
         let answer = client.accept_clone(request.clone()).await.expect("it is accepted");

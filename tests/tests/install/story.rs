@@ -9,10 +9,13 @@ use marcot_proto::recipient::v1::{
 use marcot_tests::{
     Recipient,
     client::wait_for_end,
+    killer::Blow,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::{self, MariaDb, Options, Version},
-    recipient, wait_for,
+    recipient,
+    site::server_pid,
+    wait_for,
 };
 
 /// Guards the end to end: the clone is a replica that has caught up, and the data from before it are
@@ -81,13 +84,10 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
     };
     let started = client.clone_instance(request).await.expect("the clone is accepted");
     let name = started.into_inner().clone.expect("a clone").name;
-    // A replica of a primary that never rests catches up for moments only.
-    wait_for("the server to be open on the clone", || {
-        supervised.0.log().contains("the server replicates").then_some(())
-    });
+    // A primary that never rests is no obstacle: the replica has what there was when it was attached.
+    let clone = wait_for_end(&mut client, &name).await;
     load.wait_for_commits(300);
     let report = load.stop();
-    let clone = wait_for_end(&mut client, &name).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", supervised.0.log());
     assert!(!supervised.0.log().contains("repl secret"), "the password is in the log");
     assert!(report.commits > 0);
@@ -102,6 +102,14 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
         let sql = format!("CHECKSUM TABLE {table}");
         assert_eq!(ask(&sql).expect("a checksum"), live.server.query(&sql), "{table}");
     }
+    // It replicates after a crash as well: that was asked for.
+    let pid = server_pid(&own).expect("a server");
+    Blow::Kill.strike(pid);
+    wait_for("another server", || server_pid(&own).filter(|&other| other != pid));
+    wait_for("the replica to run again", || {
+        let status = ask("SHOW SLAVE STATUS").ok()?;
+        status.contains("\tYes\tYes\t").then_some(())
+    });
     let install = clone.install.expect("an install");
     assert!(install.keep_until.is_none());
     let old = String::from_utf8(install.old_directory.to_vec()).expect("a path");

@@ -2,8 +2,8 @@
 
 use marcot_common::in_use::InUse;
 use marcot_proto::recipient::v1::{
-    AcceptCloneRequest, CancelCloneRequest, CloneOptions, GetCloneRequest, InstallCloneRequest,
-    InstallStep, RollbackCloneRequest, State,
+    AcceptCloneRequest, AttachReplica, CancelCloneRequest, CloneOptions, GetCloneRequest,
+    InstallCloneRequest, InstallStep, RollbackCloneRequest, State,
 };
 use marcot_tests::{
     Recipient,
@@ -49,6 +49,12 @@ async fn a_clone_waits_until_a_person_has_stopped_the_server() {
     assert!(clone.error.is_none());
     let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
     assert_eq!(server.query("SELECT mark FROM app.mark"), "new\n");
+    // It is that after a restart of the recipient as well: nobody proves its server's health.
+    drop(at);
+    let at = unmanaged(&site);
+    let mut client = recipient(&at).await;
+    let known = client.get_clone(GetCloneRequest { name: clone.name.clone() }).await.unwrap();
+    assert_eq!(known.into_inner().clone.unwrap().state(), State::Completed);
     let request = RollbackCloneRequest { name: clone.name.clone(), discard_writes: true };
     let refused = client.rollback_clone(request.clone()).await.expect_err("the server runs");
     assert!(refused.message().contains("not managed"), "{refused}");
@@ -73,6 +79,38 @@ async fn a_clone_that_waits_is_cancelled_and_leaves_nothing() {
     assert_eq!(server.query("SELECT mark FROM app.mark"), "old\n");
 }
 
+/// Guards against a wish that is passed over: nothing here could make the server a replica.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_nobody_starts_is_made_no_replica() {
+    let site = Site::new();
+    let at = unmanaged(&site);
+    let mut client = recipient(&at).await;
+    let attach = AttachReplica { user: "repl".to_owned(), ..Default::default() };
+    let options = CloneOptions { attach_replica: Some(attach), ..Default::default() };
+    let refused = site.begin(&mut client, options).await.expect_err("it is not managed");
+    assert!(refused.message().contains("--start-command"), "{refused}");
+}
+
+/// Guards what preflight must find before a copy: each was an error after it, or worse.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_carried_over_or_replaced_is_told_before_the_copy() {
+    let site = Site::new();
+    let at = site.supervise(&[]);
+    let mut client = recipient(&at).await;
+    let link = site.data.join("server-key.pem");
+    std::os::unix::fs::symlink("/etc/ssl/key.pem", &link).expect("writable");
+    let refused = site.begin(&mut client, CloneOptions::default()).await.expect_err("a link");
+    assert!(refused.message().contains("server-key.pem"), "{refused}");
+    std::fs::remove_file(&link).expect("our own link");
+    let nested = site.data.join("nested");
+    std::fs::create_dir(&nested).expect("writable");
+    let mounted = Mounted::over_itself(&nested);
+    let refused = site.begin(&mut client, CloneOptions::default()).await.expect_err("a mount");
+    assert!(refused.message().contains("is mounted in"), "{refused}");
+    drop(mounted);
+    assert_eq!(site.mark(), "old");
+}
+
 /// Guards the hooks: their order, what they are told, and that their failure changes nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_stop_and_start_the_server() {
@@ -85,7 +123,8 @@ async fn commands_stop_and_start_the_server() {
     // As a service manager would: the closed start has its own arguments.
     let start = format!(
         "echo $MARCOT_START >> {told}; [ \"$MARCOT_START\" = first ] && closed=--skip-networking; \
-         {} $closed > {log} 2>&1 &",
+         [ \"$MARCOT_START\" = opened ] && late='sleep 2'; \
+         ($late; exec {} $closed) > {log} 2>&1 &",
         quoted.join(" "),
         told = told.display(),
         log = site.path("hook.log").display(),
@@ -115,17 +154,21 @@ async fn commands_stop_and_start_the_server() {
     let (mut client, clone) = site.replace(&at).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
     assert_eq!(std::fs::read_to_string(&told).unwrap(), "first\nopened\n");
+    // The start command has ended long before the server answers; the clone has not.
     let ask = |sql: &str| mariadb::ask(server.socket(), sql);
-    wait_for("the server to answer", || ask("SELECT 1").ok());
     assert_eq!(ask("SELECT mark FROM app.mark").unwrap(), "new\n");
     client.accept_clone(AcceptCloneRequest { name: clone.name }).await.expect("accepted");
     // A stop that fails leaves the server running on its data.
     std::fs::write(site.path("stop-fails"), "").unwrap();
-    let clone = site.begin(&mut client, CloneOptions::default()).await.expect("accepted");
-    let clone = wait_for_end(&mut client, &clone.name).await;
-    assert_eq!(clone.state(), State::Failed, "{clone:?}");
-    assert_eq!(clone.error.unwrap().reason, "HOOK_FAILED");
-    wait_for("the server to answer", || ask("SELECT 1").ok());
+    for discard_old_data_first in [false, true] {
+        let options = CloneOptions { discard_old_data_first, ..Default::default() };
+        let clone = site.begin(&mut client, options).await.expect("accepted");
+        let clone = wait_for_end(&mut client, &clone.name).await;
+        assert_eq!(clone.state(), State::Failed, "{clone:?}");
+        assert_eq!(clone.error.unwrap().reason, "HOOK_FAILED");
+        wait_for("the server to answer", || ask("SELECT 1").ok());
+        assert_eq!(ask("SELECT mark FROM app.mark").unwrap(), "new\n");
+    }
     assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
     drop(ask("SHUTDOWN"));
     wait_for("the server to end", || site.server_pid().is_none().then_some(()));
@@ -183,6 +226,25 @@ async fn a_supervised_server_without_data_is_seeded_and_starts() {
     assert_eq!(clone.install.expect("an install").step(), InstallStep::Accepted);
     assert_eq!(site.mark(), "new");
     assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+}
+
+/// Guards a volume that is mounted and empty: it cannot make way for a staged directory beside it, so
+/// the clone is staged in it. (Before, this was found after the copy: EBUSY.)
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_mount_point_is_seeded() {
+    let site = Site::new();
+    std::fs::remove_dir_all(&site.data).expect("our own directory");
+    std::fs::create_dir(&site.data).expect("writable");
+    let mounted = Mounted::over_itself(&site.data);
+    let at = unmanaged(&site);
+    let (_, clone) = site.replace(&at).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    assert_eq!(clone.install.expect("an install").step(), InstallStep::Accepted);
+    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
+    assert_eq!(server.query("SELECT mark FROM app.mark"), "new\n");
+    server.stop();
+    drop(mounted);
 }
 
 /// Where there is no room for both, and the caller says so, the old data go first.

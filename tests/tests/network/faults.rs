@@ -1,8 +1,11 @@
 //! Cuts, stalls, a donor that is gone, bits that flip.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    time::{Duration, Instant},
+};
 
-use marcot_proto::recipient::v1::State;
+use marcot_proto::recipient::v1::{Clone, State};
 use marcot_tests::{Donor, client::wait_for_end, tree};
 
 use crate::{DATA_BYTES, Net};
@@ -105,26 +108,82 @@ async fn a_bit_that_flips_is_noticed_wherever_it_is() {
     assert!(completed >= 12, "{completed} of 24 clones went on after a flipped bit");
 }
 
-/// Guards the reuse of what is staged when the donor service is restarted: its snapshot is lost,
-/// another one is opened, and what had arrived does not come again. Without the older copy all
-/// bytes come twice.
+/// Guards the reuse of what is staged when the donor service is restarted, twice: its snapshot is
+/// lost, another one is opened, and what had arrived does not come again, nor lie on the disk twice.
+/// Without `Staging::take` all bytes come twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_donor_service_that_is_restarted_costs_little() {
     let mut net = Net::start(&[]).await;
     net.proxy.limit(Some(32 << 20));
     let name = net.begin("copy").await;
     net.pass_bytes(DATA_BYTES * 6 / 10);
-    net.donor.0.kill();
-    net.until(&name, "a retry", |clone| clone.retries > 0).await;
-    net.donor = Donor::start(net.home.path(), &net.path("data"), &[]);
-    net.proxy.set_target(net.donor.0.address);
+    let staging = net.path(&format!(".marcot-{}", name.trim_start_matches("clones/")));
+    let staged = staging.join("tree/large0").metadata().unwrap().ino();
+    for lost in 1..=2 {
+        net.donor.0.kill();
+        net.until(&name, "a retry", |clone| clone.retries >= lost).await;
+        net.donor = Donor::start(net.home.path(), &net.path("data"), &[]);
+        net.proxy.set_target(net.donor.0.address);
+        if lost == 1 {
+            let is_reused = |clone: &Clone| clone.reused_bytes > DATA_BYTES / 10;
+            net.until(&name, "what is staged to be reused", is_reused).await;
+        }
+    }
     let end = wait_for_end(&mut net.client, &name).await;
     assert_eq!(end.state(), State::Completed, "{end:?}");
     tree::assert_identical(&net.path("data"), &net.path("copy"));
+    assert_eq!(net.path("copy/large0").metadata().unwrap().ino(), staged, "it was copied");
     assert!(end.reused_bytes > DATA_BYTES * 4 / 10, "{} bytes reused", end.reused_bytes);
     let passed = net.proxy.counts().down_bytes;
     assert!(passed < DATA_BYTES * 12 / 10, "{passed} bytes for {DATA_BYTES}");
     let left: Vec<_> = tree::names(net.home.path());
     assert!(!left.iter().any(|name| name.starts_with(".marcot-")), "{left:?}");
     assert_eq!(end.files_copied, end.files_expected);
+}
+
+/// Guards the bound on a network that stalls for good: nothing is reset, nothing comes, and the clone
+/// ends within its limits, with what is staged kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_stalls_for_good_ends_the_clone_within_its_bound() {
+    let mut net = Net::start(&["--donor-timeout", "3s", "--stall-timeout", "2s"]).await;
+    net.proxy.limit(Some(48 << 20));
+    let name = net.begin("copy").await;
+    net.pass_bytes(8 << 20);
+    net.proxy.stall();
+    let begun = std::time::Instant::now();
+    let end = wait_for_end(&mut net.client, &name).await;
+    let took = begun.elapsed();
+    assert_eq!(end.state(), State::Failed, "{end:?}");
+    let error = end.error.unwrap();
+    assert!(error.message.contains("the donor was waited for"), "{error:?}");
+    // The limits, and two tries of a connection that is taken and says nothing (10 s each).
+    assert!(took < std::time::Duration::from_secs(40), "it took {took:?}");
+    let left = marcot_tests::tree::names(net.home.path());
+    assert!(
+        left.iter().any(|name| name.starts_with(".marcot-")),
+        "what is staged is kept: {left:?}"
+    );
+}
+
+/// Guards keepalive on the donor's side: connections whose other end has gone without a word are given
+/// up, and their descriptors with them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_frees_connections_whose_other_end_is_silent() {
+    let mut net = Net::start(&[]).await;
+    let idle = net.donor.0.descriptors();
+    net.proxy.limit(Some(16 << 20));
+    net.begin("copy").await;
+    net.pass_bytes(8 << 20);
+    let busy = net.donor.0.descriptors();
+    assert!(busy > idle + 2, "{busy} descriptors, {idle} before");
+    // Half open: the proxy holds its connections, and passes nothing of the end.
+    net.proxy.stall();
+    net.recipient.0.kill();
+    let begun = std::time::Instant::now();
+    // 20 s until it asks, 20 s for the answer; what the snapshot holds goes with its lease.
+    marcot_tests::wait_for("connections to be given up", || {
+        (net.donor.0.descriptors() < busy - 2).then_some(())
+    });
+    assert!(!net.donor.0.log().contains("lease expired"), "by the lease, not by keepalive");
+    eprintln!("given up after {:?}", begun.elapsed());
 }

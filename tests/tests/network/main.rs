@@ -5,9 +5,15 @@
 
 mod faults;
 mod pause;
+mod resume;
 mod reuse;
+mod verify;
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use marcot_proto::recipient::v1::{
     Clone, CloneStatementRequest, GetCloneRequest, recipient_service_client::RecipientServiceClient,
@@ -19,10 +25,14 @@ use tonic::transport::Channel;
 struct Net {
     donor: Donor,
     proxy: Proxy,
-    /// Ends with this.
-    _recipient: Recipient,
+    recipient: Recipient,
+    options: Vec<String>,
     client: RecipientServiceClient<Channel>,
     home: tempfile::TempDir,
+}
+
+fn texts(strings: &[String]) -> Vec<&str> {
+    strings.iter().map(String::as_str).collect()
 }
 
 /// Large files and small ones, of bytes that differ everywhere.
@@ -33,6 +43,14 @@ const DATA_BYTES: u64 = (LARGE * LARGE_BYTES) as u64;
 
 impl Net {
     async fn start(options: &[&str]) -> Self {
+        Self::start_with(options, |_| Vec::new()).await
+    }
+
+    /// With options of the donor, which may need files in the home of it all.
+    async fn start_with(
+        options: &[&str],
+        donor_options: impl FnOnce(&Path) -> Vec<String>,
+    ) -> Self {
         let home = new_directory();
         let data = home.path().join("data");
         fs::create_dir_all(data.join("small")).unwrap();
@@ -52,13 +70,20 @@ impl Net {
         for n in 0..SMALL {
             fs::write(data.join(format!("small/{n}")), bytes(n * 50)).unwrap();
         }
-        let donor = Donor::start(home.path(), &data, &[]);
+        let donor = Donor::start(home.path(), &data, &texts(&donor_options(home.path())));
         let proxy = Proxy::start(donor.0.address);
         let waits = ["--donor-timeout", "60s"];
         let options = if options.is_empty() { &waits } else { options };
         let daemon = Recipient::start(home.path(), options);
         let client = recipient(&daemon).await;
-        Self { donor, proxy, _recipient: daemon, client, home }
+        let options = options.iter().map(ToString::to_string).collect();
+        Self { donor, proxy, recipient: daemon, options, client, home }
+    }
+
+    /// Starts the recipient again, whose end is the caller's.
+    async fn start_recipient(&mut self) {
+        self.recipient = Recipient::start(self.home.path(), &texts(&self.options));
+        self.client = recipient(&self.recipient).await;
     }
 
     fn path(&self, name: &str) -> PathBuf {

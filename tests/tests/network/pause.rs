@@ -63,3 +63,25 @@ async fn a_paused_clone_can_be_cancelled() {
     assert_eq!(end.state(), State::Cancelled, "{end:?}");
     assert!(net.donor.0.log().contains("snapshot closed"));
 }
+
+/// Guards the lease of a clone that is paused for longer than it: it is renewed. Without renewals the
+/// donor drops the snapshot, and another one is opened.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_is_paused_for_longer_than_its_lease_goes_on() {
+    // The shortest lease, 60 s.
+    let mut net = Net::start(&["--donor-timeout", "10s"]).await;
+    net.proxy.limit(Some(16 << 20));
+    let name = net.begin("copy").await;
+    net.pass_bytes(8 << 20);
+    net.client.pause_clone(PauseCloneRequest { name: name.clone() }).await.unwrap();
+    net.proxy.limit(None);
+    tokio::time::sleep(std::time::Duration::from_secs(75)).await;
+    let request = ResumeCloneRequest { name: name.clone(), ..Default::default() };
+    net.client.resume_clone(request).await.unwrap();
+    let end = wait_for_end(&mut net.client, &name).await;
+    assert_eq!(end.state(), State::Completed, "{end:?}");
+    tree::assert_identical(&net.path("data"), &net.path("copy"));
+    let log = net.donor.0.log();
+    assert_eq!(log.matches("snapshot opened").count(), 1, "the lease ended");
+    assert!(end.resent_bytes < 32 << 20, "{end:?}");
+}

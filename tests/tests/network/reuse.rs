@@ -8,7 +8,10 @@ use std::{
 use marcot_proto::recipient::v1::{
     Clone, CloneLocalRequest, CloneOptions, CloneStatementRequest, State,
 };
-use marcot_tests::{client::wait_for_end, clone_and_wait, process, tree};
+use marcot_tests::{
+    client::{assert_intact, wait_for_end},
+    clone_and_wait, process, tree,
+};
 
 use crate::{DATA_BYTES, LARGE, LARGE_BYTES, Net};
 
@@ -51,12 +54,14 @@ async fn only_blocks_that_differ_come_over_the_network() {
     let mut net = Net::start(&[]).await;
     let name = net.begin("older").await;
     assert_eq!(wait_for_end(&mut net.client, &name).await.state(), State::Completed);
+    let kept = listing(&net.path("older"));
     for keeps_times in [false, true] {
         let changed = change_pages(&net, keeps_times);
         let before = net.proxy.counts();
         let clone = net.clone_with_reuse("newer", "older").await;
         assert_eq!(clone.state(), State::Completed, "{clone:?}");
         tree::assert_identical(&net.path("data"), &net.path("newer"));
+        assert_intact(&mut net.client, &clone.name).await;
         let after = net.proxy.counts();
         let passed = after.down_bytes - before.down_bytes + after.up_bytes - before.up_bytes;
         // Of each round: all that was changed so far, digests, and some for list and log-in.
@@ -66,6 +71,7 @@ async fn only_blocks_that_differ_come_over_the_network() {
         assert!(clone.reused_bytes > DATA_BYTES - 2 * differs, "{clone:?}");
         fs::remove_dir_all(net.path("newer")).unwrap();
     }
+    assert!(listing(&net.path("older")) == kept, "the older copy was changed");
 }
 
 /// Guards R7: an older copy is not trusted. Files that are shorter, longer, of other bytes, cut,
@@ -90,7 +96,7 @@ async fn an_older_copy_of_any_kind_makes_a_right_clone() {
     sparse.write_all_at(&[9; 40_000], 1 << 20).unwrap();
     fs::write(older.join("sparse"), vec![3; 9 << 20]).unwrap();
     fs::write(older.join("not-there-any-more"), b"x").unwrap();
-    let kept: Vec<(String, u64)> = listing(&older);
+    let kept = listing(&older);
     let clone = net.clone_with_reuse("newer", "older").await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
     tree::assert_identical(&data, &net.path("newer"));
@@ -98,13 +104,54 @@ async fn an_older_copy_of_any_kind_makes_a_right_clone() {
     assert!(clone.reused_bytes >= LARGE_BYTES as u64 / 2, "{}", clone.reused_bytes);
 }
 
-fn listing(directory: &std::path::Path) -> Vec<(String, u64)> {
-    let entries = fs::read_dir(directory).unwrap().map(Result::unwrap);
-    let mut all: Vec<_> = entries
-        .map(|e| (e.file_name().into_string().unwrap(), e.metadata().unwrap().len()))
-        .collect();
+/// Names and content of all files below a directory.
+fn listing(directory: &std::path::Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        match path.is_dir() {
+            true => all.extend(listing(&path)),
+            false => all.push((path.clone(), fs::read(&path).unwrap())),
+        }
+    }
     all.sort();
     all
+}
+
+/// Guards R7, copy first: an older copy that is written to while it is used, as a server would, gives
+/// no byte that was not compared. Compared where it lies, and copied then, it would.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_that_changes_while_it_is_used_makes_a_right_clone() {
+    let mut net = Net::start(&[]).await;
+    let name = net.begin("older").await;
+    assert_eq!(wait_for_end(&mut net.client, &name).await.state(), State::Completed);
+    let older = net.path("older");
+    let ended = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writer = std::thread::spawn({
+        let ended = std::sync::Arc::clone(&ended);
+        move || {
+            let files: Vec<File> = (0..LARGE)
+                .map(|n| File::options().write(true).open(older.join(format!("large{n}"))).unwrap())
+                .collect();
+            let mut changes = 0_usize;
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                let at = (changes * 7919 * 4096) % LARGE_BYTES;
+                files[changes % LARGE].write_all_at(&[changes as u8; 512], at as u64).unwrap();
+                changes += 1;
+            }
+            changes
+        }
+    });
+    for n in 0..5 {
+        let target = format!("newer{n}");
+        let clone = net.clone_with_reuse(&target, "older").await;
+        assert_eq!(clone.state(), State::Completed, "{clone:?}");
+        tree::assert_identical(&net.path("data"), &net.path(&target));
+        assert_intact(&mut net.client, &clone.name).await;
+        fs::remove_dir_all(net.path(&target)).unwrap();
+    }
+    ended.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(writer.join().unwrap() > 100, "it was written to");
 }
 
 /// Guards the writer's place among digests: a call that goes on within a file asks with those of

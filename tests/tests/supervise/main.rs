@@ -102,6 +102,35 @@ fn a_stop_reaches_the_server_behind_its_script_and_its_exit_code_is_passed_on() 
     wait_for("the group's processes to end", || (!is_alive(sleeper)).then_some(()));
 }
 
+/// Guards a clean shutdown behind a script that is not `exec`: the script dies of the signal, and
+/// this process, PID 1 of a container, must not end before its server has.
+#[test]
+fn a_server_that_outlives_its_script_is_waited_for() {
+    let server = "trap \"sleep 2; echo clean > clean; exit 0\" TERM; echo $$ > pid; \
+                  while :; do sleep 0.1; done";
+    let mut script = Script::start(&format!("sh -c '{server}' & wait"), &[]);
+    script.wait_for_file("pid");
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(128 + 15));
+    assert_eq!(std::fs::read_to_string(script.path("clean")).unwrap(), "clean\n");
+    // And killed after the grace, although the script has gone.
+    let server = "trap \"\" TERM; echo $$ > pid; while :; do sleep 0.1; done";
+    let options = ["--stop-grace", "1s"];
+    let mut script = Script::start(&format!("sh -c '{server}' & wait"), &options);
+    let pid = number(&script.wait_for_file("pid"));
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(128 + 15));
+    wait_for("the server to be killed", || (!is_alive(pid)).then_some(()));
+}
+
+#[test]
+fn a_stop_between_two_starts_passes_on_the_last_exit_code() {
+    let mut script = Script::start("exit 9", &[]);
+    wait_for("the pause", || script.log().contains("is started again").then_some(()));
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(9));
+}
+
 #[test]
 fn a_server_that_ignores_sigterm_is_killed_after_the_grace() {
     let text = "trap '' TERM; echo $$ > pid; while :; do sleep 1; done";

@@ -38,6 +38,17 @@ pub(crate) fn settle(newest_whole_second: i64) {
     }
 }
 
+/// Whether every write from now on gives a file a later ctime than this one. A whole second may be
+/// of a file system that has no finer times.
+pub(crate) fn is_past(time: (i64, u32)) -> bool {
+    let now = now();
+    is_before(time, (now.tv_sec, u32::try_from(now.tv_nsec).unwrap_or(0)))
+}
+
+fn is_before((seconds, nanos): (i64, u32), now: (i64, u32)) -> bool {
+    seconds < now.0 || (nanos != 0 && (seconds, nanos) < now)
+}
+
 fn now() -> Timespec {
     clock_gettime(ClockId::RealtimeCoarse)
 }
@@ -58,6 +69,18 @@ mod tests {
         settle(0);
         let tick = nanoseconds(clock_getres(ClockId::RealtimeCoarse));
         assert!(nanoseconds(now()) > before + tick);
+    }
+
+    /// Guards files that are read in the tick of their last write, which a later one in it does not
+    /// change.
+    #[test]
+    fn a_time_of_this_tick_is_not_past() {
+        let now = (100, 500);
+        assert!(is_before((99, 0), now) && is_before((99, 999), now) && is_before((100, 499), now));
+        assert!(!is_before((100, 500), now) && !is_before((100, 501), now));
+        assert!(!is_before((101, 0), now));
+        // Of a file system that knows whole seconds.
+        assert!(!is_before((100, 0), now));
     }
 
     /// Guards file systems with whole seconds: without the rule the same second goes on.

@@ -44,8 +44,9 @@ const OPEN_DIRECTORIES_MAX: usize = 32;
 /// Marcot's own staging and saved directories.
 const OWN_PREFIX: &[u8] = b".marcot-";
 
-/// Says which clone a data directory is.
-const GENERATION_FILE: &[u8] = b".marcot-generation";
+/// Files in a data directory's root that speak of the clone that it is: which one, and what it held.
+const CLONE_FILES: [&[u8]; 3] =
+    [b".marcot-generation", b".marcot-certificate", b".marcot-discarded"];
 
 /// Something that belongs in a list.
 #[derive(Debug)]
@@ -259,7 +260,8 @@ impl<'a> Walker<'a> {
         let name = path.name();
         let kind = FileType::from_raw_mode(stat.st_mode);
         let is_directory = kind == FileType::Directory;
-        if (is_directory && name.starts_with(OWN_PREFIX)) || path.as_bytes() == GENERATION_FILE {
+        if (is_directory && name.starts_with(OWN_PREFIX)) || CLONE_FILES.contains(&path.as_bytes())
+        {
             self.leave_out("marcot");
         } else if let Some(reason) = self.judge.leaves_out(&path, is_directory) {
             self.leave_out(reason);

@@ -1,17 +1,16 @@
-//! What each file of a MariaDB data directory is to a copy.
+//! What each file of a data directory is to a copy.
 
-use std::{
-    collections::BTreeSet,
-    path::{Component, Path, PathBuf},
+use std::{collections::BTreeSet, path::Path};
+
+use marcot_common::{failure::Failure, path::RelativePath};
+
+use super::{
+    flavor::Flavor,
+    mariadb::log_file::LOG_NAME,
+    mysql,
+    paths::{self, inside},
+    server::Facts,
 };
-
-use marcot_common::{
-    failure::{Failure, Violation},
-    path::RelativePath,
-};
-use tonic::Code;
-
-use super::{log_file::LOG_NAME, server::Facts};
 
 /// How a file is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +41,7 @@ impl Class {
 /// Tells files apart by their names and the server's variables.
 #[derive(Debug)]
 pub(super) struct Classifier {
+    flavor: Flavor,
     /// Files of the system tablespace, in order.
     system: Vec<Vec<u8>>,
     temporary: Vec<Vec<u8>>,
@@ -70,37 +70,17 @@ impl Classifier {
     /// Reads the server's variables; fails when files of the database lie elsewhere.
     pub(super) fn new(facts: &Facts) -> Result<Self, Failure> {
         let data = Path::new(facts.variable("datadir"));
-        let mut violations = Vec::new();
-        for name in [
-            "innodb_data_home_dir",
-            "innodb_log_group_home_dir",
-            "innodb_undo_directory",
-            "aria_log_dir_path",
-        ] {
-            let value = facts.variable(name);
-            if inside(data, value).is_none_or(|path| !path.is_empty()) {
-                violations.push(outside(name, value, data));
-            }
-        }
-        let mut system = Vec::new();
+        paths::refuse(
+            &paths::elsewhere(|name| facts.variable(name)),
+            data,
+            "its files would not be copied",
+        )?;
         let path = facts.variable("innodb_data_file_path");
-        for part in path.split(';').filter(|part| !part.is_empty()) {
-            let name = part.split(':').next().unwrap_or_default();
-            if name.contains('/') || part.contains("raw") {
-                violations.push(outside("innodb_data_file_path", path, data));
-            }
-            system.push(name.as_bytes().to_vec());
-        }
-        if !violations.is_empty() {
-            let text = violations.iter().map(|v| v.description.as_str()).collect::<Vec<_>>();
-            let mut failure = Failure::new(
-                Code::FailedPrecondition,
-                "PATH_OUTSIDE_DATA_DIRECTORY",
-                text.join("; "),
-            );
-            failure.violations = violations;
-            return Err(failure);
-        }
+        let system = path
+            .split(';')
+            .filter(|part| !part.is_empty())
+            .map(|part| part.split(':').next().unwrap_or_default().as_bytes().to_vec())
+            .collect();
         let mut files = Vec::new();
         for (name, reason) in [
             ("general_log_file", "server_log"),
@@ -118,13 +98,20 @@ impl Classifier {
         let prefix = |name: &str| inside(data, facts.variable(name)).filter(|p| !p.is_empty());
         let relay_logs = [prefix("relay_log_basename"), prefix("relay_log")];
         let mut directories = BTreeSet::new();
-        for name in ["tmpdir", "innodb_tmpdir", "slave_load_tmpdir"] {
+        for name in [
+            "tmpdir",
+            "innodb_tmpdir",
+            "slave_load_tmpdir",
+            "replica_load_tmpdir",
+            "innodb_temp_tablespaces_dir",
+        ] {
             for value in facts.variable(name).split(':') {
                 directories.extend(inside(data, value).filter(|path| !path.is_empty()));
             }
         }
         let temporary = facts.variable("innodb_temp_data_file_path").split(';');
         Ok(Self {
+            flavor: facts.flavor,
             system,
             temporary: temporary
                 .filter_map(|part| part.split(':').next().map(|name| name.as_bytes().to_vec()))
@@ -138,6 +125,11 @@ impl Classifier {
             files,
             directories,
         })
+    }
+
+    /// The kind of server.
+    pub(super) fn flavor(&self) -> Flavor {
+        self.flavor
     }
 
     /// Files of the system tablespace, in order.
@@ -170,6 +162,11 @@ impl Classifier {
         if self.is_log(bytes, &self.relay_logs) {
             return Class::LeftOut("relay_log");
         }
+        if self.flavor == Flavor::MySql
+            && let Some(class) = mysql::classify::file(path)
+        {
+            return class;
+        }
         let name = path.name();
         if name.ends_with(b".ibd") {
             return Class::Table;
@@ -196,6 +193,11 @@ impl Classifier {
         }
         if self.temporary.iter().any(|temporary| temporary == name) {
             return Class::LeftOut("temporary");
+        }
+        if self.flavor == Flavor::MySql
+            && let Some(class) = mysql::classify::top(name)
+        {
+            return class;
         }
         if name.strip_prefix(b"undo").is_some_and(|n| n.len() == 3 && is_digits(n)) {
             return Class::Undo;
@@ -282,36 +284,5 @@ fn split_extension(name: &[u8]) -> (&[u8], &[u8]) {
     match name.iter().rposition(|&b| b == b'.') {
         Some(dot) => (&name[..dot], &name[dot + 1..]),
         None => (name, b""),
-    }
-}
-
-/// A path of the server below its data directory; `None` when it lies elsewhere.
-fn inside(data: &Path, value: &str) -> Option<Vec<u8>> {
-    let path = if Path::new(value).is_absolute() {
-        let data: PathBuf = data.components().collect();
-        Path::new(value).strip_prefix(data).ok()?.to_owned()
-    } else {
-        PathBuf::from(value)
-    };
-    let mut parts = Vec::new();
-    for component in path.components() {
-        match component {
-            Component::CurDir => {}
-            Component::Normal(part) => parts.push(part.as_encoded_bytes().to_vec()),
-            _ => return None,
-        }
-    }
-    Some(parts.join(&b'/'))
-}
-
-fn outside(name: &str, value: &str, data: &Path) -> Violation {
-    Violation {
-        check: "PATH_OUTSIDE_DATA_DIRECTORY".to_owned(),
-        subject: name.to_owned(),
-        description: format!(
-            "{name} is `{value}`, which is not in the data directory {}: its files would not be \
-             copied",
-            data.display()
-        ),
     }
 }

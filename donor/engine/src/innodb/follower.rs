@@ -2,16 +2,16 @@
 //! takes nothing from a clone, however slow its recipient.
 //!
 //! ```text
-//! ib_logfile0 (circular) --thread--> spool: records from the smallest start of all clones on
+//! the log (circular, or many files) --thread--> spool: from the smallest start of all clones on
 //! ```
 //!
 //! Invariants:
 //! * Nothing is read beyond what the server had flushed before the read: what lies there may look
 //!   like records and change afterwards.
-//! * What was read counts only if the server had not come round to it after the read; this is
-//!   told by LSN, for the lap's bit is the same every second lap.
-//! * The spool ends on the end of a mini-transaction, and every one in it has its checksum right
-//!   and ends as in a log's first lap.
+//! * What was read counts only if the server had not come round to it after the read. MariaDB: this
+//!   is told by LSN, for the lap's bit is the same every second lap. MySQL: each block says its LSN.
+//! * All in the spool has its checksum right. MariaDB: it ends on the end of a mini-transaction, and
+//!   each ends as in a log's first lap. MySQL: its last block is written again until it is full.
 //! * One follower serves all snapshots. When it has lost the log it starts over as another
 //!   generation; what a snapshot took from an earlier one is of no use to it any more.
 
@@ -30,8 +30,10 @@ use rustix::fs::FallocateFlags;
 use tonic::Code;
 
 use super::{
-    log_file::LogFile,
-    redo::{self, Checkpoint, Header, MTR_BYTES_MAX, Parsed},
+    deletions::{DeletedSpaces, Deletion, Deletions},
+    flavor::Flavor,
+    mysql::consumer,
+    redo_log::{Head, RedoLog},
     server::{Server, Session, SqlError},
 };
 
@@ -44,9 +46,6 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// How often the same bytes are read when they do not parse: a read may meet a write.
 const READS_MAX: u32 = 200;
-
-/// Blocks that the server writes ahead of its LSN at the most.
-const WRITE_AHEAD_BYTES: u64 = 64 << 10;
 
 /// Longest wait for the follower to reach what is on the server's disk already.
 const REACH_MAX: Duration = Duration::from_secs(60);
@@ -76,10 +75,13 @@ struct State {
     needs: BTreeMap<u64, Need>,
     next_need: u64,
     spool: Option<Arc<RedoSpool>>,
-    header: Option<Header>,
     capacity: u64,
     /// End of what the spool holds.
     end: u64,
+    /// What lies before is not in the spool any more.
+    dropped_to: u64,
+    /// Of the present generation.
+    deletions: Deletions,
     /// Why the present generation has ended.
     failure: Option<Failure>,
 }
@@ -104,6 +106,14 @@ impl RedoSpool {
         let file = tempfile::tempfile_in(directory)
             .map_err(|e| Failure::io("create the redo spool in", directory, &e))?;
         Ok(Self { file, base, directory: directory.to_owned() })
+    }
+
+    /// One that holds `bytes`.
+    #[cfg(test)]
+    pub(super) fn holding(directory: &Path, base: u64, bytes: &[u8]) -> Self {
+        let spool = Self::create(directory, base).unwrap();
+        spool.write(base, bytes).unwrap();
+        spool
     }
 
     fn write(&self, lsn: u64, bytes: &[u8]) -> Result<(), Failure> {
@@ -138,10 +148,8 @@ impl RedoSpool {
 pub(super) struct Hold {
     shared: Arc<Shared>,
     need: u64,
-    /// Where its recovery begins.
-    pub(super) checkpoint: Checkpoint,
-    /// The log's header.
-    pub(super) header: Header,
+    /// The log's head, with the checkpoint that recovery begins at.
+    pub(super) head: Head,
     /// Bytes that the server's log holds.
     pub(super) capacity: u64,
     spool: Arc<RedoSpool>,
@@ -151,15 +159,19 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.needs.remove(&self.need);
-        let least = state.needs.values().filter(|n| n.failure.is_none()).map(|n| n.start).min();
-        if let (Some(spool), Some(least)) = (&state.spool, least) {
-            spool.drop_before(least);
+        if let Some(least) = state.least() {
+            state.drop_before(least);
         }
         self.shared.changed.notify_all();
     }
 }
 
 impl Hold {
+    /// Where its recovery begins.
+    pub(super) fn checkpoint(&self) -> u64 {
+        self.head.checkpoint()
+    }
+
     /// The spool that holds its redo.
     pub(super) fn spool(&self) -> Arc<RedoSpool> {
         Arc::clone(&self.spool)
@@ -170,6 +182,14 @@ impl Hold {
         let state = self.shared.lock();
         self.check(&state)?;
         Ok(state.end)
+    }
+
+    /// Tablespaces that recovery from its checkpoint takes for deleted, as far as the log has been
+    /// followed, and up to `end` where that is given; an error once the log was lost.
+    pub(super) fn deleted(&self, end: Option<u64>) -> Result<DeletedSpaces, Failure> {
+        let state = self.shared.lock();
+        self.check(&state)?;
+        Ok(state.deletions.between(self.checkpoint(), end.unwrap_or(u64::MAX)))
     }
 
     /// Whether its redo is lost, so that only pages can close the gap.
@@ -225,6 +245,32 @@ impl Hold {
     }
 }
 
+impl State {
+    /// Where the first of the clones begins that still use this generation.
+    fn least(&self) -> Option<u64> {
+        let uses = |need: &&Need| need.generation == self.generation && need.failure.is_none();
+        self.needs.values().filter(uses).map(|need| need.start).min()
+    }
+
+    /// Whether a clone that begins at `lsn` can use what is followed.
+    fn serves(&self, lsn: u64) -> bool {
+        self.running
+            && self.failure.is_none()
+            && lsn >= self.dropped_to
+            && self.spool.as_ref().is_some_and(|spool| spool.base <= lsn)
+            && self.needs.values().any(|need| need.generation == self.generation)
+    }
+
+    /// Frees what lies before `lsn`.
+    fn drop_before(&mut self, lsn: u64) {
+        if let Some(spool) = &self.spool {
+            spool.drop_before(lsn);
+            self.dropped_to = self.dropped_to.max(lsn);
+            self.deletions.drop_before(lsn);
+        }
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change is whole before anything can panic.
@@ -252,37 +298,44 @@ impl Follower {
 
     /// Takes hold of the log from the newest checkpoint on. Pages read from now on carry at least
     /// all changes from before it.
-    pub(super) fn hold(&self) -> Result<Hold, Failure> {
+    pub(super) fn hold(&self, flavor: Flavor) -> Result<Hold, Failure> {
         let mut state = self.shared.lock();
-        let usable = |state: &State| state.running && state.failure.is_none();
         // The newest checkpoint may be newer than what has been followed, and its log may have been
         // resized: a follower that cannot reach it is left, another one starts there.
-        let log = LogFile::open(&self.directory)?;
-        let checkpoint = log.checkpoint()?;
-        let joins = |state: &State| {
-            usable(state)
-                && state.spool.as_ref().is_some_and(|spool| spool.base <= checkpoint.lsn)
-                && state.needs.values().any(|n| n.generation == state.generation)
-        };
-        if !joins(&state) {
+        let mut log = RedoLog::open(flavor, &self.directory)?;
+        let mut head = log.head()?;
+        if !state.serves(head.start()) {
+            let mut session = self.server.connect()?;
+            let is_consumer = match flavor {
+                Flavor::MariaDb => false,
+                Flavor::MySql => {
+                    let is_consumer = consumer::register(&mut session)?;
+                    // From here on nothing after this checkpoint goes.
+                    log = RedoLog::open(flavor, &self.directory)?;
+                    head = log.head()?;
+                    is_consumer
+                }
+            };
             state.generation += 1;
             state.running = true;
             state.failure = None;
-            let spool = Arc::new(RedoSpool::create(&self.spool_directory, checkpoint.lsn)?);
+            let spool = Arc::new(RedoSpool::create(&self.spool_directory, head.start())?);
             state.spool = Some(Arc::clone(&spool));
-            state.header = Some(log.header().clone());
             state.capacity = log.capacity();
-            state.end = checkpoint.lsn;
-            let session = self.server.connect()?;
+            state.end = head.start();
+            state.dropped_to = head.start();
+            state.deletions = Deletions::default();
             let follow = Follow {
                 shared: Arc::clone(&self.shared),
                 server: self.server.clone(),
                 directory: self.directory.clone(),
                 generation: state.generation,
                 spool,
-                position: checkpoint.lsn,
+                position: head.start(),
                 log,
                 session,
+                is_consumer,
+                advanced: 0,
             };
             let thread = std::thread::Builder::new().name("redo-follower".to_owned());
             thread.spawn(move || follow.run()).map_err(|e| {
@@ -292,13 +345,12 @@ impl Follower {
         let number = state.next_need;
         state.next_need += 1;
         let generation = state.generation;
-        state.needs.insert(number, Need { start: checkpoint.lsn, generation, failure: None });
+        state.needs.insert(number, Need { start: head.start(), generation, failure: None });
         let spool = state.spool.clone().ok_or_else(|| Failure::bug("no redo spool"))?;
-        let header = state.header.clone().ok_or_else(|| Failure::bug("no redo header"))?;
         let capacity = state.capacity;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        Ok(Hold { shared, need: number, checkpoint, header, capacity, spool })
+        Ok(Hold { shared, need: number, head, capacity, spool })
     }
 }
 
@@ -310,8 +362,12 @@ struct Follow {
     generation: u64,
     spool: Arc<RedoSpool>,
     position: u64,
-    log: LogFile,
+    log: RedoLog,
     session: Session,
+    /// Whether the server keeps for us what was not read yet.
+    is_consumer: bool,
+    /// How far it was told that we are.
+    advanced: u64,
 }
 
 impl Follow {
@@ -338,7 +394,10 @@ impl Follow {
                 return;
             }
             match step {
-                Ok(()) => state.end = self.position,
+                Ok(deletions) => {
+                    state.end = self.position;
+                    state.deletions.extend(deletions);
+                }
                 Err(failure) => {
                     tracing::warn!(lsn = self.position, error = %failure, "the redo log was lost");
                     state.failure = Some(failure);
@@ -359,76 +418,66 @@ impl Follow {
         }
     }
 
-    /// Follows the log up to what the server has flushed.
-    fn step(&mut self, buffer: &mut [u8], misreads: &mut u32) -> Result<(), Failure> {
+    /// Follows the log up to what the server has flushed; what it deletes there.
+    fn step(&mut self, buffer: &mut [u8], misreads: &mut u32) -> Result<Vec<Deletion>, Failure> {
         let flushed = self.lsn()?.flushed;
-        if let Some(log) = self.log.reopen_if_replaced(&self.directory)? {
-            tracing::info!(first_lsn = log.header().first_lsn(), "the redo log was resized");
-            self.log = log;
-            if self.position < self.log.header().first_lsn() {
-                return Err(self.overrun("was resized"));
-            }
-            self.shared.lock().capacity = self.log.capacity();
+        self.log.refresh(&self.directory, self.position)?;
+        self.shared.lock().capacity = self.log.capacity();
+        if flushed <= self.position {
+            self.advance_consumer()?;
+            return Ok(Vec::new());
         }
-        if flushed < self.position {
-            return Ok(());
+        let read = self.log.read(self.position, flushed, buffer, &self.directory)?;
+        let buffer = &mut buffer[..read];
+        // MySQL's blocks say themselves whether they were used again.
+        if !self.is_mysql() {
+            let current = self.lsn()?.current;
+            self.log.check_overrun(self.position, current)?;
         }
-        let wanted = usize::try_from(flushed - self.position).unwrap_or(usize::MAX);
-        let buffer = &mut buffer[..wanted.min(READ_BYTES)];
-        if buffer.is_empty() {
-            return Ok(());
-        }
-        self.log.read(self.position, buffer).map_err(|e| {
-            Failure::io("read redo log", &self.directory.join(super::log_file::LOG_NAME), &e)
-        })?;
-        let current = self.lsn()?.current;
-        if current + WRITE_AHEAD_BYTES > self.position + self.log.capacity() {
-            return Err(self.overrun("has come round"));
-        }
-        let (bytes, then) = self.take(buffer);
-        self.spool.write(self.position, &buffer[..bytes])?;
-        self.position += bytes as u64;
-        let is_whole = matches!(then, Parsed::Cut) && buffer.len() >= MTR_BYTES_MAX;
-        if bytes > 0 || is_whole {
-            *misreads = 0;
-        } else {
+        let taken = self.log.take(self.position, flushed, buffer)?;
+        let start = self.log.read_start(self.position);
+        self.spool.write(start, &buffer[..taken.bytes])?;
+        let is_on = taken.position > self.position;
+        self.position = taken.position;
+        match taken.misread {
             // A read may meet a write, or a resize: look again, a bounded number of times.
-            *misreads += 1;
-            if *misreads >= READS_MAX {
-                return Err(Failure::new(
-                    Code::DataLoss,
-                    "REDO_UNREADABLE",
-                    format!(
-                        "the redo log at LSN {}, flushed up to {flushed}, does not parse: {}",
-                        self.position,
-                        match then {
-                            Parsed::Bad(bad) => bad.to_string(),
-                            _ => "a mini-transaction is cut or of another lap".to_owned(),
-                        }
-                    ),
-                ));
+            Some(why) if !is_on => {
+                *misreads += 1;
+                if *misreads >= READS_MAX {
+                    return Err(Failure::new(
+                        Code::DataLoss,
+                        "REDO_UNREADABLE",
+                        format!(
+                            "the redo log at LSN {}, flushed up to {flushed}, does not parse: {why}",
+                            self.position
+                        ),
+                    ));
+                }
             }
+            _ => *misreads = 0,
         }
-        Ok(())
+        self.advance_consumer()?;
+        Ok(taken.deletions)
     }
 
-    /// Walks along whole mini-transactions and makes each end as in a first lap.
-    fn take(&self, buffer: &mut [u8]) -> (usize, Parsed) {
-        let encrypted = self.log.header().is_encrypted();
-        let mut at = 0;
-        loop {
-            match redo::parse_mtr(&buffer[at..], encrypted) {
-                Parsed::Mtr(mtr) => {
-                    let end = at + mtr.record_bytes;
-                    if mtr.sequence_bit != self.log.sequence_bit(self.position + end as u64) {
-                        return (at, Parsed::Cut);
-                    }
-                    // The checksum does not cover this byte.
-                    buffer[end] = 1;
-                    at += mtr.bytes;
-                }
-                then => return (at, then),
+    /// Lets the server use again what was read.
+    fn advance_consumer(&mut self) -> Result<(), Failure> {
+        if !self.is_consumer {
+            return Ok(());
+        }
+        let lsn = self.log.read_start(self.position);
+        if lsn == self.advanced {
+            return Ok(());
+        }
+        self.advanced = lsn;
+        match consumer::advance(&mut self.session, lsn) {
+            Ok(()) => Ok(()),
+            // The registration has gone with it; `lsn` connects anew.
+            Err(SqlError::Lost(_)) => {
+                self.is_consumer = false;
+                Ok(())
             }
+            Err(error) => Err(error.failure("advance the redo log consumer")),
         }
     }
 
@@ -437,12 +486,15 @@ impl Follow {
         let lsn = match self.session.lsn() {
             Err(SqlError::Lost(_)) => {
                 self.session = self.server.connect()?;
+                if self.is_mysql() {
+                    self.is_consumer = consumer::register(&mut self.session)?;
+                }
                 self.session.lsn()
             }
             other => other,
         };
         let lsn = lsn.map_err(|e| e.failure("ask for the log sequence number"))?;
-        if lsn.current < self.position.min(lsn.flushed) || lsn.current == 0 {
+        if lsn.current < self.position {
             let text =
                 format!("the server is at LSN {}, {} was followed", lsn.current, self.position);
             return Err(Failure::new(Code::Aborted, "REDO_OVERRUN", text));
@@ -450,17 +502,8 @@ impl Follow {
         Ok(lsn)
     }
 
-    fn overrun(&self, what: &str) -> Failure {
-        Failure::new(
-            Code::Aborted,
-            "REDO_OVERRUN",
-            format!(
-                "the redo log {what} before LSN {} was read: it holds {} bytes; raise \
-                 innodb_log_file_size",
-                self.position,
-                self.log.capacity()
-            ),
-        )
+    fn is_mysql(&self) -> bool {
+        matches!(self.log, RedoLog::MySql(_))
     }
 
     /// A snapshot over the quota fails alone: the one that keeps most.
@@ -482,8 +525,7 @@ impl Follow {
             }
         }
         if freed {
-            let live = state.needs.values().filter(|n| n.failure.is_none());
-            self.spool.drop_before(live.map(|n| n.start).min().unwrap_or(end));
+            state.drop_before(state.least().unwrap_or(end));
         }
     }
 }
@@ -496,4 +538,36 @@ fn next_pause(last: Duration, read: u64, capacity: u64, took: Duration) -> Durat
     let per_second = u128::from(read) * 1_000_000 / (took + last).as_micros().max(1);
     let micros = u128::from(capacity / 16) * 1_000_000 / per_second.max(1);
     Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX)).clamp(PAUSE_MIN, PAUSE_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards R5: what was freed for want of room reads as zeros. With `dropped_to` not asked, the
+    /// next clone would join, and end in REDO_INVALID after all of its copy.
+    #[test]
+    fn a_spool_that_was_freed_serves_only_those_who_begin_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let spool = RedoSpool::create(directory.path(), 100).unwrap();
+        let need = |failure| Need { start: 100, generation: 1, failure };
+        let mut state = State {
+            generation: 1,
+            running: true,
+            spool: Some(Arc::new(spool)),
+            end: 5000,
+            needs: BTreeMap::from([(0, need(None))]),
+            ..State::default()
+        };
+        assert!(!state.serves(99) && state.serves(100) && state.serves(4000));
+        let full = Failure::new(Code::ResourceExhausted, "REDO_SPOOL_FULL", "full");
+        state.needs.insert(0, need(Some(full)));
+        assert_eq!(state.least(), None);
+        state.drop_before(5000);
+        assert!(!state.serves(4000) && state.serves(5000));
+        state.needs.insert(1, Need { start: 40, generation: 0, failure: None });
+        assert_eq!(state.least(), None, "one of another generation reads another spool");
+        state.failure = Some(Failure::bug("lost"));
+        assert!(!state.serves(5000));
+    }
 }

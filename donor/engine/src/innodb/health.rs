@@ -1,9 +1,14 @@
 //! Whether a server that has just started on a data directory is whole: it answers, all schemas are
 //! there, and the first row of every table can be read.
 
+use std::path::Path;
+
 use marcot_common::failure::Failure;
 
-use super::server::{DatabaseConfig, Row, Server, Session};
+use super::{
+    paths,
+    server::{DatabaseConfig, Row, Server, Session},
+};
 
 /// Engines whose tables lie elsewhere, or nowhere: a read says nothing of this server.
 const REMOTE_ENGINES: [&str; 4] = ["FEDERATED", "SPIDER", "CONNECT", "PERFORMANCE_SCHEMA"];
@@ -28,9 +33,15 @@ pub fn answers(config: &DatabaseConfig) -> Result<(), Failure> {
     session.execute("SELECT 1").map_err(|e| e.failure("ask the server"))
 }
 
-/// Reads the first row of every table. `schemas` are names that must be there.
-pub fn check(config: &DatabaseConfig, schemas: &[String]) -> Result<ServerHealth, Failure> {
+/// Reads the first row of every table of the server on a data directory. `schemas` are names that
+/// must be there.
+pub fn check(
+    config: &DatabaseConfig,
+    data_directory: &Path,
+    schemas: &[String],
+) -> Result<ServerHealth, Failure> {
     let mut session = Server::new(config)?.connect()?;
+    paths::check(&mut session, data_directory)?;
     let present = texts(&mut session, "SHOW DATABASES")?;
     let is_lost =
         |schema: &&String| !present.iter().any(|name| name.eq_ignore_ascii_case(schema.as_str()));

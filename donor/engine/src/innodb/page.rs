@@ -27,6 +27,7 @@ mod doublewrite;
 mod format;
 mod full_crc32;
 mod legacy;
+mod mysql;
 mod page_compressed;
 
 pub use doublewrite::{DoublewriteError, TRX_SYS_PAGE, doublewrite_pages};
@@ -167,6 +168,18 @@ impl PageFormat {
             Layout::FullCrc32 => full_crc32::check(self, page, number),
             Layout::Legacy => legacy::check(self, page, number),
             Layout::RowFormatCompressed => legacy::check_row_format_compressed(self, page, number),
+            Layout::MySql => mysql::check(self, page, number),
+            Layout::MySqlRowFormatCompressed => {
+                mysql::check_row_format_compressed(self, page, number)
+            }
+        }
+    }
+
+    /// Whether the server may have left out parts of this page in its file.
+    pub fn leaves_out_parts(&self, page: &[u8]) -> bool {
+        match self.layout() {
+            Layout::MySql => mysql::leaves_out_parts(page),
+            _ => self.is_page_compressed(),
         }
     }
 

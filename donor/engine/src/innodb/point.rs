@@ -5,7 +5,10 @@ use marcot_common::failure::Failure;
 use marcot_proto::common::v1::{Coordinates, SourceCoordinates};
 use serde_json::{Value, json};
 
-use super::server::{Facts, Session, SqlError};
+use super::{
+    flavor::Flavor,
+    server::{Facts, Session, SqlError},
+};
 
 /// Name of the file in the clone's data directory.
 pub(super) const INFO_NAME: &str = "marcot_clone_info.json";
@@ -41,7 +44,7 @@ pub(super) fn coordinates(session: &mut Session, facts: &Facts) -> Result<Coordi
 }
 
 /// The file's content.
-pub(super) fn info(point: &Coordinates) -> Result<Vec<u8>, Failure> {
+pub(super) fn info(point: &Coordinates, flavor: Flavor) -> Result<Vec<u8>, Failure> {
     let sources: Vec<Value> = point
         .sources
         .iter()
@@ -54,13 +57,17 @@ pub(super) fn info(point: &Coordinates) -> Result<Vec<u8>, Failure> {
             })
         })
         .collect();
+    let (gtid, server) = match flavor {
+        Flavor::MariaDb => ("gtid_binlog_pos", "server_uid"),
+        Flavor::MySql => ("gtid_executed", "server_uuid"),
+    };
     let info = json!({
         "format": 1,
         "binlog_file": String::from_utf8_lossy(&point.binlog_file),
         "binlog_position": point.binlog_position,
-        "gtid_binlog_pos": point.gtid_executed,
+        gtid: point.gtid_executed,
         "lsn": point.lsn,
-        "server_uid": point.server_uuid,
+        server: point.server_uuid,
         "server_id": point.server_id,
         "server_version": point.server_version,
         "sources": sources,

@@ -1,11 +1,14 @@
 //! Makes a server that runs on a clone a replica of the donor's server, from the clone's coordinates.
 
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 use marcot_common::failure::Failure;
 use marcot_proto::common::v1::Coordinates;
 
-use super::server::{DatabaseConfig, Row, Server};
+use super::{
+    flavor::Flavor,
+    server::{DatabaseConfig, Row, Server, SqlError},
+};
 
 /// Where a replica replicates from.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -26,13 +29,46 @@ impl fmt::Debug for ReplicationSource {
     }
 }
 
+/// A place in the binary logs of a source.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Name of the file.
+    pub file: String,
+    /// Byte in it.
+    pub position: u64,
+}
+
+impl Ord for Applied {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // The number at a name's end has six digits, or more.
+        let key = |at: &Self| (at.file.len(), at.file.clone(), at.position);
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Applied {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Display for Applied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.position)
+    }
+}
+
 /// How far a replica is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReplicaState {
-    /// Whether it has applied all that it knows of, and is connected.
-    pub has_caught_up: bool,
-    /// What it has applied, to be compared with an earlier answer.
-    pub applied: String,
+    /// Whether both of its threads run, and are connected.
+    pub runs: bool,
+    /// Whether it has read all that its source has at this moment.
+    pub has_read_all: bool,
+    /// What it has read.
+    pub read: Applied,
+    /// What it has applied.
+    pub applied: Applied,
     /// Why it does not go on.
     pub error: Option<String>,
 }
@@ -44,6 +80,28 @@ pub fn attach(
     source: &ReplicationSource,
 ) -> Result<(), Failure> {
     let mut session = Server::new(config)?.connect()?;
+    let version = session.row("SELECT VERSION()").map_err(|e| e.failure("ask the server"))?;
+    let version = version.map(|row| row.text(0)).unwrap_or_default();
+    let statements = match Flavor::of_version(&version) {
+        Flavor::MariaDb => statements_of_mariadb(at, source),
+        Flavor::MySql => statements_of_mysql(at, source),
+    }
+    .ok_or_else(|| {
+        Failure::precondition(
+            "NO_COORDINATES",
+            "the donor's server writes no binary log, or is not known: the clone cannot be attached \
+             as its replica",
+        )
+    })?;
+    for sql in statements {
+        // The statement itself may hold the password.
+        let verb = sql.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+        session.execute(&sql).map_err(|e| e.failure(&format!("attach the replica: {verb}")))?;
+    }
+    Ok(())
+}
+
+fn statements_of_mariadb(at: &Coordinates, source: &ReplicationSource) -> Option<Vec<String>> {
     let mut change = format!(
         "CHANGE MASTER TO MASTER_HOST={}, MASTER_PORT={}, MASTER_USER={}, MASTER_PASSWORD={}",
         quoted(&source.host),
@@ -63,53 +121,110 @@ pub fn attach(
             at.binlog_position
         ));
     } else {
-        return Err(Failure::precondition(
-            "NO_COORDINATES",
-            "the donor's server writes no binary log, or is not known: the clone cannot be attached \
-             as its replica",
-        ));
+        return None;
     }
     statements.extend([change, "START SLAVE".to_owned()]);
-    for sql in statements {
-        // The statement itself may hold the password.
-        let verb = sql.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
-        session.execute(&sql).map_err(|e| e.failure(&format!("attach the replica: {verb}")))?;
+    Some(statements)
+}
+
+/// The clone itself knows its GTIDs. Without TLS the password goes encrypted by the source's key.
+fn statements_of_mysql(at: &Coordinates, source: &ReplicationSource) -> Option<Vec<String>> {
+    let mut change = format!(
+        "CHANGE REPLICATION SOURCE TO SOURCE_HOST={}, SOURCE_PORT={}, SOURCE_USER={}, \
+         SOURCE_PASSWORD={}, GET_SOURCE_PUBLIC_KEY=1",
+        quoted(&source.host),
+        source.port,
+        quoted(&source.user),
+        quoted(&source.password)
+    );
+    if at.binlog_file.is_empty() {
+        return None;
     }
-    Ok(())
+    if at.gtid_executed.is_empty() {
+        let file = String::from_utf8_lossy(&at.binlog_file);
+        change.push_str(&format!(
+            ", SOURCE_LOG_FILE={}, SOURCE_LOG_POS={}",
+            quoted(&file),
+            at.binlog_position
+        ));
+    } else {
+        change.push_str(", SOURCE_AUTO_POSITION=1");
+    }
+    let stop = ["STOP REPLICA", "RESET REPLICA ALL"].map(str::to_owned);
+    Some(stop.into_iter().chain([change, "START REPLICA".to_owned()]).collect())
 }
 
 /// Asks a replica how far it is.
 pub fn state(config: &DatabaseConfig) -> Result<ReplicaState, Failure> {
     let mut session = Server::new(config)?.connect()?;
-    let row = session.row("SHOW SLAVE STATUS").map_err(|e| e.failure("ask the replica"))?;
+    // MySQL has another name for it since 8.0.22, and since 8.4 only that.
+    let row = match session.row("SHOW REPLICA STATUS") {
+        Err(SqlError::Server { code: 1064, .. }) => session.row("SHOW SLAVE STATUS"),
+        other => other,
+    };
+    let row = row.map_err(|e| e.failure("ask the replica"))?;
     let Some(row) = row else {
         return Ok(ReplicaState {
             error: Some("the server is no replica".to_owned()),
             ..ReplicaState::default()
         });
     };
-    Ok(ReplicaState {
-        has_caught_up: has_caught_up(&row),
-        applied: format!(
-            "{}:{}",
-            row.named("Relay_Master_Log_File"),
-            row.named("Exec_Master_Log_Pos")
-        ),
+    Ok(state_of(&row))
+}
+
+fn state_of(row: &Row) -> ReplicaState {
+    let at = |file: &str, position: &str| Applied {
+        file: named(row, file),
+        position: named(row, position).parse().unwrap_or(0),
+    };
+    let io_runs = named(row, "Slave_IO_Running") == "Yes";
+    let read = at("Master_Log_File", "Read_Master_Log_Pos");
+    ReplicaState {
+        runs: io_runs && named(row, "Slave_SQL_Running") == "Yes",
+        // "Waiting for master to send event": it has been told all that there is.
+        has_read_all: io_runs
+            && !read.file.is_empty()
+            && named(row, "Slave_IO_State").starts_with("Waiting for"),
+        read,
+        applied: at("Relay_Master_Log_File", "Exec_Master_Log_Pos"),
         error: ["Last_IO_Error", "Last_SQL_Error"]
             .into_iter()
             .map(|column| row.named(column))
             .find(|error| !error.is_empty()),
-    })
+    }
 }
 
-fn has_caught_up(row: &Row) -> bool {
-    row.named("Slave_IO_Running") == "Yes"
-        && row.named("Slave_SQL_Running") == "Yes"
-        && row.named("Seconds_Behind_Master") == "0"
-        && row.named("Master_Log_File") == row.named("Relay_Master_Log_File")
-        && row.named("Read_Master_Log_Pos") == row.named("Exec_Master_Log_Pos")
+/// A column by MariaDB's name, or MySQL's.
+fn named(row: &Row, name: &str) -> String {
+    let found = row.named(name);
+    if !found.is_empty() {
+        return found;
+    }
+    row.named(&name.replace("Slave", "Replica").replace("Master", "Source"))
 }
 
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards the end of a catch-up: files of a source come in the order of their numbers, also once
+    /// these have a digit more.
+    #[test]
+    fn places_in_binary_logs_have_an_order() {
+        let at = |file: &str, position| Applied { file: file.to_owned(), position };
+        let ascending = [
+            Applied::default(),
+            at("bin.000002", 4),
+            at("bin.000002", 300),
+            at("bin.000010", 4),
+            at("bin.999999", 4),
+            at("bin.1000000", 4),
+        ];
+        assert!(ascending.is_sorted());
+        assert!(at("bin.000002", 300) < at("bin.000010", 4));
+    }
 }

@@ -2,15 +2,21 @@
 
 use std::{collections::HashSet, fmt, path::PathBuf, time::Duration};
 
+use ::mysql::{Conn, Opts, OptsBuilder, prelude::Queryable as _};
 use marcot_common::failure::Failure;
-use mysql::{Conn, Opts, OptsBuilder, prelude::Queryable as _};
 use tonic::Code;
+
+use super::{flavor::Flavor, mariadb, mysql};
 
 /// Longest wait for an answer that takes no lock. Status and variables come from memory.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Versions whose copies have been tested: (major, minor).
-const VERSIONS: &[(u16, u16)] = &[(10, 11), (11, 8)];
+const MARIADB_VERSIONS: &[(u16, u16)] = &[(10, 11), (11, 8)];
+const MYSQL_VERSIONS: &[(u16, u16)] = &[(9, 7)];
+
+/// The first version of MySQL whose redo log is the one that is known here: (major, minor, patch).
+const MYSQL_FIRST: (u16, u16, u16) = (8, 0, 30);
 
 /// How to reach the database.
 #[derive(Clone, Default)]
@@ -23,6 +29,8 @@ pub struct DatabaseConfig {
     pub user: Option<String>,
     /// Its password.
     pub password: Option<String>,
+    /// Take a MySQL server of a version that no test has run.
+    pub allow_untested_version: bool,
 }
 
 impl fmt::Debug for DatabaseConfig {
@@ -37,6 +45,7 @@ impl fmt::Debug for DatabaseConfig {
 pub(super) struct Server {
     opts: Opts,
     shown: String,
+    allow_untested_version: bool,
 }
 
 impl fmt::Debug for Server {
@@ -88,7 +97,8 @@ impl Server {
             .tcp_connect_timeout(Some(Duration::from_secs(10)))
             .write_timeout(Some(ANSWER_MAX))
             .stmt_cache_size(0);
-        Ok(Self { opts: builder.into(), shown })
+        let allow_untested_version = config.allow_untested_version;
+        Ok(Self { opts: builder.into(), shown, allow_untested_version })
     }
 
     /// Opens a connection whose answers are awaited for up to `answer_max`.
@@ -98,14 +108,34 @@ impl Server {
         Ok(Session { conn, shown: self.shown.clone() })
     }
 
+    /// Opens a connection as another user than the donor's own.
+    pub(super) fn connect_as(
+        &self,
+        user: &str,
+        password: &str,
+        answer_max: Duration,
+    ) -> Result<Session, SqlError> {
+        let opts = OptsBuilder::from_opts(self.opts.clone())
+            .user(Some(user))
+            .pass(Some(password))
+            .read_timeout(Some(answer_max));
+        let conn = Conn::new(opts).map_err(SqlError::of)?;
+        Ok(Session { conn, shown: self.shown.clone() })
+    }
+
     /// Opens a connection.
     pub(super) fn connect(&self) -> Result<Session, Failure> {
         self.connect_for(ANSWER_MAX)
     }
 
-    fn unreachable(&self, error: &mysql::Error) -> Failure {
+    /// Whether a MySQL server may be of a version that no test has run.
+    pub(super) fn allows_untested_version(&self) -> bool {
+        self.allow_untested_version
+    }
+
+    fn unreachable(&self, error: &::mysql::Error) -> Failure {
         match error {
-            mysql::Error::MySqlError(e) => Failure::precondition(
+            ::mysql::Error::MySqlError(e) => Failure::precondition(
                 "DATABASE_ACCESS_DENIED",
                 format!(
                     "log in to the database at {}: error {}: {}; check --database-user and \
@@ -156,10 +186,17 @@ pub(super) enum SqlError {
     Lost(String),
 }
 
+/// What a server that is being shut down, or an operator's KILL, answers before it hangs up:
+/// ER_SERVER_SHUTDOWN, ER_CONNECTION_KILLED.
+const ENDS_CONNECTION: [u16; 2] = [1053, 1927];
+
 impl SqlError {
-    fn of(error: mysql::Error) -> Self {
+    fn of(error: ::mysql::Error) -> Self {
         match error {
-            mysql::Error::MySqlError(e) => Self::Server { code: e.code, message: e.message },
+            ::mysql::Error::MySqlError(e) if ENDS_CONNECTION.contains(&e.code) => {
+                Self::Lost(format!("error {}: {}", e.code, e.message))
+            }
+            ::mysql::Error::MySqlError(e) => Self::Server { code: e.code, message: e.message },
             other => Self::Lost(other.to_string()),
         }
     }
@@ -172,14 +209,15 @@ impl SqlError {
     /// As a failure of `action`.
     pub(super) fn failure(&self, action: &str) -> Failure {
         match self {
-            Self::Server { code: 1227, message } => Failure::precondition(
+            // For a table it is 1142, for a function 1370.
+            Self::Server { code: code @ (1227 | 1142 | 1370), message } => Failure::precondition(
                 "DATABASE_PRIVILEGE_MISSING",
                 format!(
                     "{action}: {message}; grant it to the donor's account (docs/operations.md lists \
                      all that it needs)"
                 ),
             )
-            .mysql(1227),
+            .mysql((*code).into()),
             Self::Server { code, message } => Failure::precondition(
                 "DATABASE_ERROR",
                 format!("{action}: the server answered error {code}: {message}"),
@@ -219,7 +257,7 @@ impl Session {
 
     /// All rows, each as its column names and values; NULL is `None`.
     pub(super) fn rows(&mut self, sql: &str) -> Result<Vec<Row>, SqlError> {
-        let rows: Vec<mysql::Row> = self.conn.query(sql).map_err(SqlError::of)?;
+        let rows: Vec<::mysql::Row> = self.conn.query(sql).map_err(SqlError::of)?;
         Ok(rows.into_iter().map(Row::of).collect())
     }
 
@@ -230,14 +268,20 @@ impl Session {
 
     /// InnoDB's log sequence numbers.
     pub(super) fn lsn(&mut self) -> Result<Lsn, SqlError> {
-        let rows = self.rows("SHOW GLOBAL STATUS LIKE 'Innodb\\_lsn\\_%'")?;
+        let rows = self.rows(
+            "SHOW GLOBAL STATUS WHERE Variable_name IN ('Innodb_lsn_current', 'Innodb_lsn_flushed', \
+             'Innodb_lsn_last_checkpoint', 'Innodb_redo_log_current_lsn', \
+             'Innodb_redo_log_flushed_to_disk_lsn', 'Innodb_redo_log_checkpoint_lsn')",
+        )?;
         let mut lsn = Lsn::default();
         for row in rows {
             let value = row.number(1);
             match row.text(0).to_ascii_lowercase().as_str() {
-                "innodb_lsn_current" => lsn.current = value,
-                "innodb_lsn_flushed" => lsn.flushed = value,
-                "innodb_lsn_last_checkpoint" => lsn.checkpoint = value,
+                "innodb_lsn_current" | "innodb_redo_log_current_lsn" => lsn.current = value,
+                "innodb_lsn_flushed" | "innodb_redo_log_flushed_to_disk_lsn" => lsn.flushed = value,
+                "innodb_lsn_last_checkpoint" | "innodb_redo_log_checkpoint_lsn" => {
+                    lsn.checkpoint = value
+                }
                 _ => {}
             }
         }
@@ -246,8 +290,14 @@ impl Session {
 
     /// Ids of the tablespaces that the server has open or knows. A file of any other id is one
     /// that the server does not write, such as one about to be imported.
-    pub(super) fn tablespace_ids(&mut self) -> Result<HashSet<u32>, SqlError> {
-        let rows = self.rows("SELECT SPACE FROM information_schema.INNODB_SYS_TABLESPACES")?;
+    pub(super) fn tablespace_ids(&mut self, flavor: Flavor) -> Result<HashSet<u32>, SqlError> {
+        let rows = self.rows(match flavor {
+            Flavor::MariaDb => "SELECT SPACE FROM information_schema.INNODB_SYS_TABLESPACES",
+            // The system's own is not among them.
+            Flavor::MySql => {
+                "SELECT SPACE FROM information_schema.INNODB_TABLESPACES UNION SELECT 0"
+            }
+        })?;
         Ok(rows.iter().filter_map(|row| u32::try_from(row.number(0)).ok()).collect())
     }
 }
@@ -259,14 +309,14 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn of(row: mysql::Row) -> Self {
+    fn of(row: ::mysql::Row) -> Self {
         let names: Vec<String> =
             row.columns_ref().iter().map(|c| c.name_str().into_owned()).collect();
         let values = row.unwrap().into_iter().map(|value| match value {
-            mysql::Value::NULL => None,
-            mysql::Value::Bytes(bytes) => Some(bytes),
-            mysql::Value::Int(n) => Some(n.to_string().into_bytes()),
-            mysql::Value::UInt(n) => Some(n.to_string().into_bytes()),
+            ::mysql::Value::NULL => None,
+            ::mysql::Value::Bytes(bytes) => Some(bytes),
+            ::mysql::Value::Int(n) => Some(n.to_string().into_bytes()),
+            ::mysql::Value::UInt(n) => Some(n.to_string().into_bytes()),
             other => Some(other.as_sql(true).into_bytes()),
         });
         Self { columns: names.into_iter().zip(values).collect() }
@@ -297,6 +347,8 @@ impl Row {
 /// What the server is, as far as a copy depends on it.
 #[derive(Debug, Clone)]
 pub(super) struct Facts {
+    /// Kind of server.
+    pub(super) flavor: Flavor,
     /// Version string.
     pub(super) version: String,
     /// `server_uid`: the same for one installation.
@@ -315,6 +367,7 @@ pub(super) struct Facts {
 const VARIABLES: &[&str] = &[
     "version",
     "server_uid",
+    "server_uuid",
     "server_id",
     "log_bin",
     "datadir",
@@ -346,18 +399,27 @@ const VARIABLES: &[&str] = &[
     "innodb_encrypt_log",
     "ignore_db_dirs",
     "lower_case_table_names",
+    "replica_load_tmpdir",
+    "innodb_temp_tablespaces_dir",
+    "innodb_redo_log_encrypt",
+    "binlog_encryption",
+    "gtid_mode",
 ];
 
 impl Facts {
     /// Asks the server, and refuses one that this engine does not know.
-    pub(super) fn ask(session: &mut Session) -> Result<Self, Failure> {
+    pub(super) fn ask(server: &Server, session: &mut Session) -> Result<Self, Failure> {
         let failed = |e: SqlError| e.failure("ask for the server's variables");
         let names: Vec<String> = VARIABLES.iter().map(|name| format!("'{name}'")).collect();
         let sql = format!("SHOW GLOBAL VARIABLES WHERE Variable_name IN ({})", names.join(","));
         let rows = session.rows(&sql).map_err(failed)?;
-        let variables: Vec<(String, String)> =
-            rows.iter().map(|row| (row.text(0).to_ascii_lowercase(), row.text(1))).collect();
+        let lower = |row: &Row| (row.text(0).to_ascii_lowercase(), row.text(1));
+        Self::of(rows.iter().map(lower).collect(), server.allows_untested_version())
+    }
+
+    fn of(variables: Vec<(String, String)>, allow_untested_version: bool) -> Result<Self, Failure> {
         let mut facts = Self {
+            flavor: Flavor::MariaDb,
             version: String::new(),
             server_uid: String::new(),
             server_id: 0,
@@ -366,11 +428,15 @@ impl Facts {
             variables,
         };
         facts.version = facts.variable("version").to_owned();
-        facts.server_uid = facts.variable("server_uid").to_owned();
+        facts.flavor = Flavor::of_version(&facts.version);
+        facts.server_uid = match facts.flavor {
+            Flavor::MariaDb => facts.variable("server_uid").to_owned(),
+            Flavor::MySql => facts.variable("server_uuid").to_owned(),
+        };
         facts.server_id = facts.variable("server_id").parse().unwrap_or(0);
         facts.page_size = facts.variable("innodb_page_size").parse().unwrap_or(0);
         facts.has_binlog = facts.variable("log_bin") == "ON";
-        facts.check()?;
+        facts.check(allow_untested_version)?;
         Ok(facts)
     }
 
@@ -379,18 +445,24 @@ impl Facts {
         self.variables.iter().find(|(n, _)| n == name).map_or("", |(_, value)| value)
     }
 
-    fn check(&self) -> Result<(), Failure> {
-        let known: Vec<String> = VERSIONS.iter().map(|(a, b)| format!("{a}.{b}")).collect();
-        let is_known = parse_version(&self.version).is_some_and(|v| VERSIONS.contains(&v));
-        if !self.version.contains("MariaDB") || !is_known {
-            return Err(Failure::precondition(
-                "UNSUPPORTED_SERVER_VERSION",
-                format!(
-                    "the server is `{}`; engine innodb knows MariaDB {}",
-                    self.version,
-                    known.join(" and ")
-                ),
-            ));
+    /// Fails unless the server is the one whose answers these were: another one's pages and log say
+    /// nothing of the same database. A snapshot of it is another snapshot.
+    pub(super) fn check_lineage(&self, now: &Self) -> Result<(), Failure> {
+        for name in
+            ["server_uid", "server_uuid", "server_id", "version", "innodb_page_size", "log_bin"]
+        {
+            let (then, now) = (self.variable(name), now.variable(name));
+            if then != now {
+                return Err(lost_lineage(format!("its {name} was `{then}` and is `{now}`")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, allow_untested_version: bool) -> Result<(), Failure> {
+        self.check_version(allow_untested_version)?;
+        if self.flavor == Flavor::MySql {
+            mysql::server::check(self)?;
         }
         if self.variable("wsrep_on").eq_ignore_ascii_case("ON") {
             return Err(Failure::precondition(
@@ -405,29 +477,126 @@ impl Facts {
         }
         Ok(())
     }
+
+    fn check_version(&self, allow_untested: bool) -> Result<(), Failure> {
+        let version = parse_version(&self.version);
+        let tested = match self.flavor {
+            Flavor::MariaDb => MARIADB_VERSIONS,
+            Flavor::MySql => MYSQL_VERSIONS,
+        };
+        if version.is_some_and(|(major, minor, _)| tested.contains(&(major, minor))) {
+            return Ok(());
+        }
+        let is_near = self.flavor == Flavor::MySql && version >= Some(MYSQL_FIRST);
+        if is_near && allow_untested {
+            tracing::warn!(version = %self.version, "no test has run this version of MySQL");
+            return Ok(());
+        }
+        let next = match is_near {
+            true => "; it may be tried with --allow-untested-version",
+            false => "",
+        };
+        Err(Failure::precondition(
+            "UNSUPPORTED_SERVER_VERSION",
+            format!(
+                "the server is `{}`; engine innodb knows MariaDB 10.11 and 11.8, and MySQL 9.7{next}",
+                self.version
+            ),
+        ))
+    }
 }
 
-fn parse_version(version: &str) -> Option<(u16, u16)> {
-    let mut parts = version.split(['.', '-']);
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+/// The server is not, or not as, the one that a snapshot was opened of.
+pub(super) fn lost_lineage(why: String) -> Failure {
+    Failure::new(
+        Code::NotFound,
+        "UNKNOWN_SNAPSHOT",
+        format!("the server was exchanged while it was cloned: {why}; it needs another snapshot"),
+    )
 }
 
-/// Fails unless the account may do all that a clone needs; takes no lock.
+/// Fails unless the account may do all that a clone needs, on whichever server it is.
 pub(super) fn check_privileges(session: &mut Session) -> Result<(), Failure> {
-    // Without a backup under way this is error 4146, after the privilege has been checked.
-    match session.execute("BACKUP STAGE END") {
-        Ok(()) | Err(SqlError::Server { code: 4145 | 4146, .. }) => {}
-        Err(error) => return Err(error.failure("take backup locks (needs RELOAD)")),
+    let version = session.row("SELECT VERSION()").map_err(|e| e.failure("ask the server"))?;
+    match Flavor::of_version(&version.map(|row| row.text(0)).unwrap_or_default()) {
+        Flavor::MariaDb => mariadb::privileges::check_privileges(session),
+        Flavor::MySql => mysql::server::check_privileges(session),
     }
-    for (sql, action) in [
-        ("SHOW MASTER STATUS", "read binary log coordinates (needs BINLOG MONITOR)"),
-        (
-            "SELECT SPACE FROM information_schema.INNODB_SYS_TABLESPACES LIMIT 1",
-            "list tablespaces (needs PROCESS)",
-        ),
-        ("SHOW ALL SLAVES STATUS", "ask whether it is a replica (needs SLAVE MONITOR)"),
-    ] {
-        session.rows(sql).map_err(|error| error.failure(action))?;
+}
+
+/// Major, minor and patch number.
+fn parse_version(version: &str) -> Option<(u16, u16, u16)> {
+    let mut parts = version.split(['.', '-']);
+    let mut part = || parts.next()?.parse().ok();
+    Some((part()?, part()?, part().unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a server answers, with one variable changed.
+    fn facts(name: &str, value: &str) -> Result<Facts, Failure> {
+        let all = [
+            ("version", "10.11.14-MariaDB-0+deb12u2-log"),
+            ("server_uid", "uid-a"),
+            ("server_id", "1"),
+            ("log_bin", "ON"),
+            ("innodb_page_size", "16384"),
+            ("wsrep_on", "OFF"),
+        ];
+        let changed = |(n, v): (&str, &str)| {
+            (n.to_owned(), if n == name { value.to_owned() } else { v.to_owned() })
+        };
+        Facts::of(all.map(changed).to_vec(), false)
     }
-    Ok(())
+
+    /// Guards the list of versions: the log and the pages of any other were never tried.
+    #[test]
+    fn a_server_of_another_version_is_refused_with_both_values() {
+        for version in ["10.11.14-MariaDB", "11.8.3-MariaDB-ubu"] {
+            assert!(facts("version", version).is_ok(), "{version}");
+        }
+        for version in ["10.6.22-MariaDB", "10.12.1-MariaDB", "11.4.7-MariaDB", "10.11.1", "x", ""]
+        {
+            let failure = facts("version", version).unwrap_err();
+            assert_eq!(failure.reason, "UNSUPPORTED_SERVER_VERSION", "{version}");
+            for text in [version, "10.11 and 11.8"] {
+                assert!(failure.message.contains(text), "{failure}");
+            }
+        }
+    }
+
+    /// Guards the refusal of a cluster's node: its write sets are in no binary log position.
+    #[test]
+    fn a_node_of_a_galera_cluster_is_refused() {
+        assert_eq!(facts("wsrep_on", "ON").unwrap_err().reason, "GALERA");
+    }
+
+    #[test]
+    fn a_page_size_that_innodb_does_not_have_is_refused() {
+        let failure = facts("innodb_page_size", "1024").unwrap_err();
+        assert_eq!(failure.reason, "UNSUPPORTED_PAGE_SIZE", "{failure}");
+        assert!(failure.message.contains("1024"), "{failure}");
+    }
+
+    /// Guards R6: pages and redo of two servers, or of two configurations, are never put together.
+    #[test]
+    fn a_server_that_took_the_place_of_another_needs_another_snapshot() {
+        let then = facts("", "").unwrap();
+        assert!(then.check_lineage(&facts("", "").unwrap()).is_ok());
+        for (name, value) in [
+            ("server_uid", "uid-b"),
+            ("server_id", "2"),
+            ("version", "10.11.15-MariaDB"),
+            ("log_bin", "OFF"),
+            ("innodb_page_size", "8192"),
+        ] {
+            let failure = then.check_lineage(&facts(name, value).unwrap()).unwrap_err();
+            assert_eq!(failure.reason, "UNKNOWN_SNAPSHOT", "{name}");
+            for text in [name, value, then.variable(name)] {
+                assert!(failure.message.contains(text), "{failure}");
+            }
+        }
+    }
 }

@@ -43,13 +43,23 @@ impl Stash {
         Ok(Self { file: Arc::new(file), directory: directory.to_owned(), end: 0, bytes_max })
     }
 
-    /// Copies all of a reader.
-    pub(super) fn take(&mut self, reader: &mut dyn FileReader) -> Result<Stashed, Failure> {
+    /// Bytes that may still be taken.
+    pub(super) fn left(&self) -> u64 {
+        self.bytes_max.saturating_sub(self.end)
+    }
+
+    /// Copies all of a reader; `told` is called for each piece.
+    pub(super) fn take(
+        &mut self,
+        reader: &mut dyn FileReader,
+        told: &mut dyn FnMut() -> Result<(), Failure>,
+    ) -> Result<Stashed, Failure> {
         let length = reader.size();
         let stashed = self.reserve(length)?;
         let mut buffer = vec![0; READ_BYTES];
         let mut done = 0;
         while done < length {
+            told()?;
             let part = usize::try_from(length - done).unwrap_or(READ_BYTES).min(READ_BYTES);
             reader.read_exact_at(&mut buffer[..part], done)?;
             self.write(stashed.offset + done, &buffer[..part])?;
@@ -107,6 +117,18 @@ impl Stash {
     }
 }
 
+impl Stashed {
+    /// Fills `buffer` from `offset` on.
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
+        let end = offset.checked_add(buffer.len() as u64).filter(|&end| end <= self.length);
+        if end.is_none() {
+            return Err(Failure::bug("read beyond a stashed file"));
+        }
+        let read = self.file.read_exact_at(buffer, self.offset + offset);
+        read.map_err(|e| Failure::io("use a file in", &self.directory, &e))
+    }
+}
+
 /// Reads a stashed copy.
 #[derive(Debug)]
 pub(super) struct StashReader(pub(super) Stashed);
@@ -121,12 +143,7 @@ impl FileReader for StashReader {
     }
 
     fn read_exact_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
-        let end = offset.checked_add(buffer.len() as u64).filter(|&end| end <= self.0.length);
-        if end.is_none() {
-            return Err(Failure::bug("read beyond a stashed file"));
-        }
-        let read = self.0.file.read_exact_at(buffer, self.0.offset + offset);
-        read.map_err(|e| Failure::io("use a file in", &self.0.directory, &e))
+        self.0.read(buffer, offset)
     }
 
     fn check_unchanged(&mut self) -> Result<(), Failure> {

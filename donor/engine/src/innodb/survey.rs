@@ -8,8 +8,9 @@ use rustix::fs::{AtFlags, StatxFlags};
 
 use super::{
     classify::{Class, Classifier},
-    frm::{FRM_BYTES, TableEngine, table_engine},
-    sabotage,
+    mariadb::frm::{FRM_BYTES, TableEngine, table_engine},
+    mysql::sdi::{SDI_BYTES_MAX, foreign_engine},
+    redo_log, sabotage,
 };
 use crate::files::{
     tree::Identity,
@@ -73,6 +74,8 @@ pub(super) struct Survey<'a> {
     /// Tablespaces that the server knew before the walk.
     known: HashSet<u32>,
     redo: RedoSoFar,
+    /// Whether it is in the list.
+    redo_listed: bool,
     /// Makes the mark of each unsettled file of each walk another one.
     unsettled: &'a mut u64,
     /// Files to be read once commits are blocked.
@@ -88,7 +91,15 @@ impl<'a> Survey<'a> {
         redo: RedoSoFar,
         unsettled: &'a mut u64,
     ) -> Self {
-        Self { classifier, known, redo, unsettled, late: Vec::new(), foreign: Vec::new() }
+        Self {
+            classifier,
+            known,
+            redo,
+            redo_listed: false,
+            unsettled,
+            late: Vec::new(),
+            foreign: Vec::new(),
+        }
     }
 
     /// Fails when tables were found that this engine cannot copy.
@@ -114,6 +125,25 @@ impl<'a> Survey<'a> {
         let filled = read_up_to(&file, &mut bytes)
             .map_err(|e| Failure::io("read table definition", path.as_path(), &e))?;
         if let TableEngine::Other(engine) = table_engine(&bytes[..filled])
+            && self.foreign.len() < FOREIGN_MAX
+        {
+            self.foreign.push((path.clone(), engine));
+        }
+        Ok(())
+    }
+
+    fn note_engine_of_sdi(
+        &mut self,
+        path: &RelativePath,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), Failure> {
+        let file = owned(path, file)?;
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        let mut bytes =
+            vec![0; usize::try_from(length).unwrap_or(SDI_BYTES_MAX).min(SDI_BYTES_MAX)];
+        let filled = read_up_to(&file, &mut bytes)
+            .map_err(|e| Failure::io("read table definition", path.as_path(), &e))?;
+        if let Some(engine) = foreign_engine(&bytes[..filled])
             && self.foreign.len() < FOREIGN_MAX
         {
             self.foreign.push((path.clone(), engine));
@@ -155,7 +185,7 @@ impl Judge for Survey<'_> {
         match class {
             Class::LeftOut(reason) => Some(reason),
             // Sabotage: the log that it cuts short must not be there already.
-            Class::Redo if sabotage::is("old-redo") => Some("redo_log"),
+            Class::Redo if sabotage::is("old-redo") || self.redo_listed => Some("redo_log"),
             Class::Late => {
                 self.late.push(path.clone());
                 Some("")
@@ -169,8 +199,15 @@ impl Judge for Survey<'_> {
         if found.path.name().ends_with(b".frm") {
             self.note_engine(&found.path, file)?;
         }
+        if found.path.name().ends_with(b".sdi") && !found.path.as_bytes().starts_with(b"mysql/") {
+            self.note_engine_of_sdi(&found.path, file)?;
+        }
         if class == Class::Redo {
-            // Not the file at hand, which may be replaced by a resize: what is composed of it.
+            // Not the file at hand, which may be replaced by a resize or retired: what is composed
+            // of it, once, under a name of its own.
+            self.redo_listed = true;
+            found.path = RelativePath::new(redo_log::log_name(self.classifier.flavor()).as_bytes())
+                .map_err(|e| Failure::bug(format!("name of the redo log: {e}")))?;
             found.identity = Identity { live: REDO | self.redo.checkpoint, ..Identity::NONE };
             found.kind = Kind::Regular { size: self.redo.size, allocated: self.redo.size };
             found.growing = true;
@@ -192,7 +229,7 @@ impl Judge for Survey<'_> {
 
 /// The size without what is beyond the last whole page: that is being written, redo has it. A table
 /// of pages of 1 or 2 KiB may end within a block of 4 KiB (fil_space_extend_must_retry).
-fn whole_pages(size: u64) -> u64 {
+pub(super) fn whole_pages(size: u64) -> u64 {
     size - size % PAGE_BYTES_MIN
 }
 

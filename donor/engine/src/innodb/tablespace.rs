@@ -21,6 +21,7 @@ use marcot_common::{failure::Failure, path::RelativePath};
 use rustix::fs::{Advice, SeekFrom};
 use tonic::Code;
 
+use super::flavor::Flavor;
 use super::page::{self, FormatError, PageError, PageFormat, PageState};
 use super::sabotage;
 use crate::{
@@ -115,13 +116,18 @@ impl TablespaceOf {
         path: &RelativePath,
         shown: &Path,
         space: u32,
+        flavor: Flavor,
     ) -> Result<Self, Failure> {
         let mut page = vec![0; FIRST_PAGE_BYTES_MAX];
         let mut reads = 1;
         loop {
             let filled = file.read_at(&mut page, 0);
             let filled = filled.map_err(|e| Failure::io("read tablespace", shown, &e))?;
-            match PageFormat::from_first_page(&page[..filled]) {
+            let format = match flavor {
+                Flavor::MariaDb => PageFormat::from_first_page(&page[..filled]),
+                Flavor::MySql => PageFormat::from_first_page_of_mysql(&page[..filled]),
+            };
+            match format {
                 Ok(format) if format.space_id() == space => {
                     return Ok(Self {
                         format: Arc::new(format),
@@ -307,7 +313,7 @@ impl TablespaceReader {
             }
         }
         // Only such tables leave parts of pages out; elsewhere zero pages are room set aside.
-        let is_left_out = self.of.format.is_page_compressed()
+        let is_left_out = self.of.format.leaves_out_parts(page)
             && is_zero(&self.window[at..(at + BLOCK_BYTES).min(self.window.len())]);
         if is_left_out { Content::Hole } else { Content::Data }
     }
@@ -481,7 +487,7 @@ mod tests {
         std::fs::write(&shown, content).unwrap();
         let path = RelativePath::new(b"db/t.ibd").unwrap();
         let file = File::open(&shown).unwrap();
-        let of = TablespaceOf::look(&file, &path, &shown, 7).unwrap();
+        let of = TablespaceOf::look(&file, &path, &shown, 7, Flavor::MariaDb).unwrap();
         let counts = Arc::default();
         let mut reader = TablespaceReader::new(file, path, shown, size, of, counts);
         assert_eq!(reader.size(), size);
@@ -493,5 +499,90 @@ mod tests {
         reader.read_exact_at(&mut read, 0).unwrap();
         assert_eq!(read[..PAGE], first_page());
         assert!(is_zero(&read[PAGE..]));
+    }
+
+    /// A page of the tablespace, with some content.
+    fn page(number: u32) -> Vec<u8> {
+        let mut page = vec![number as u8; PAGE];
+        page[..38].fill(0);
+        page[4..8].copy_from_slice(&number.to_be_bytes());
+        page[34..38].copy_from_slice(&7_u32.to_be_bytes());
+        // The LSN's lower half once more.
+        page[PAGE - 8..].fill(0);
+        let checksum = crc32c::crc32c(&page[..PAGE - 4]);
+        page[PAGE - 4..].copy_from_slice(&checksum.to_be_bytes());
+        page
+    }
+
+    /// A tablespace whose page 1 is torn, and a reader of it; of another file where one is given.
+    fn torn(
+        directory: &Path,
+        file: Option<&str>,
+    ) -> (File, TablespaceReader, Arc<PageCounts>, Vec<u8>) {
+        let shown = directory.join("t.ibd");
+        let right = page(1);
+        let mut torn = right.clone();
+        torn[PAGE / 2..PAGE - 8].fill(9);
+        std::fs::write(&shown, [first_page(), torn].concat()).unwrap();
+        let path = RelativePath::new(b"db/t.ibd").unwrap();
+        let writer = File::options().write(true).open(&shown).unwrap();
+        let own = File::open(&shown).unwrap();
+        let of = TablespaceOf::look(&own, &path, &shown, 7, Flavor::MariaDb).unwrap();
+        let counts: Arc<PageCounts> = Arc::default();
+        let file = file.map_or(own, |other| File::open(other).unwrap());
+        let size = 2 * PAGE as u64;
+        let reader = TablespaceReader::new(file, path, shown, size, of, Arc::clone(&counts));
+        (writer, reader, counts, right)
+    }
+
+    /// Guards the second look: a page that was met while the server wrote it is whole a moment later.
+    /// With READS_MAX 1 every busy table fails its clone.
+    #[test]
+    fn a_torn_page_is_read_again_until_it_is_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let (writer, mut reader, counts, right) = torn(directory.path(), None);
+        let seen = Arc::clone(&counts);
+        let whole = right.clone();
+        let mends = std::thread::spawn(move || {
+            while seen.read_again.load(Ordering::Relaxed) < 3 {
+                std::thread::yield_now();
+            }
+            writer.write_all_at(&whole, PAGE as u64).unwrap();
+        });
+        let mut read = vec![0; PAGE];
+        reader.read_exact_at(&mut read, PAGE as u64).unwrap();
+        mends.join().unwrap();
+        assert!(read == right && counts.read_again.load(Ordering::Relaxed) >= 3);
+    }
+
+    /// Guards the bound, and that nothing of such a page leaves here.
+    #[test]
+    fn a_page_that_stays_torn_is_named_with_both_checksums() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_writer, mut reader, counts, right) = torn(directory.path(), None);
+        let mut read = vec![0; PAGE];
+        let failure = reader.read_exact_at(&mut read, PAGE as u64).unwrap_err();
+        assert_eq!(failure.reason, "PAGE_CORRUPT");
+        assert!(is_zero(&read));
+        assert_eq!(counts.read_again.load(Ordering::Relaxed), u64::from(READS_MAX) - 1);
+        let mut torn = right;
+        torn[PAGE / 2..PAGE - 8].fill(9);
+        let stored = u32::from_be_bytes(*torn[PAGE - 4..].first_chunk().unwrap());
+        let computed = crc32c::crc32c(&torn[..PAGE - 4]);
+        for text in ["page 1 ", "t.ibd", &format!("{stored:08x}"), &format!("{computed:08x}")] {
+            assert!(failure.message.contains(text), "{failure}");
+        }
+    }
+
+    /// Guards READ_ERROR of a tablespace: /proc/self/mem answers EIO at offset 0, as a bad disk does.
+    #[test]
+    fn a_disk_that_cannot_be_read_is_named_with_file_and_offset() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_writer, mut reader, _, _) = torn(directory.path(), Some("/proc/self/mem"));
+        let failure = reader.read_exact_at(&mut [0; PAGE], 0).unwrap_err();
+        assert_eq!((failure.code, &*failure.reason), (Code::DataLoss, "READ_ERROR"));
+        for text in ["t.ibd", "offset 0"] {
+            assert!(failure.message.contains(text), "{failure}");
+        }
     }
 }

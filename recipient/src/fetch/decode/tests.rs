@@ -64,7 +64,7 @@ enum Read {
 fn read(response: http::Response<Body>) -> Result<Vec<Read>, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
-        let mut reader = FrameReader::new(response)?;
+        let mut reader = FrameReader::new(response, std::time::Duration::from_secs(5))?;
         let mut frames = Vec::new();
         while let Some(frame) = reader.next().await? {
             frames.push(match frame {

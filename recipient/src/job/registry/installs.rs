@@ -3,38 +3,35 @@
 use std::{
     ffi::OsStr,
     os::unix::ffi::OsStrExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use marcot_common::{failure::Failure, host::path_bytes, time};
 use marcot_proto::recipient::v1 as pb;
-use tonic::Code;
 use tracing::{Instrument as _, error, info, info_span, warn};
 use uuid::Uuid;
 
 use super::{Clones, Running, refuse_if_busy, unknown};
 use crate::{
     install::{
-        installer::Installer,
+        generation,
+        installer::{Installer, was_left},
         place::{self, Form},
-        reconcile::{Action, decide},
+        reconcile::Action,
         replacement::{self, Replacement},
         step::Step,
     },
     job::{
-        End, installer, staging_directories,
+        End, installed_journal, installer, staging_directories,
         status::{CloneStatus, interrupted, is_final},
     },
-    server_control::ServerControl,
+    server_control::{FirstStart, ServerControl},
     settings::Settings,
     source::blocking,
-    staging::{Staging, allocated_bytes},
+    staging::Staging,
 };
-
-/// How often it is looked whether kept data have outlived their time.
-const KEEP_CHECK: Duration = Duration::from_secs(5);
 
 /// Longest wait for a server of a recipient that was killed to end with it.
 const ORPHAN_MAX: Duration = Duration::from_secs(60);
@@ -47,6 +44,8 @@ const ORPHAN_PAUSE: Duration = Duration::from_millis(200);
 pub(super) struct Found {
     pub(super) replacement: Arc<Replacement>,
     action: Action,
+    /// Whether this recipient stops and starts the server.
+    manages: bool,
 }
 
 impl Found {
@@ -66,6 +65,11 @@ impl Found {
         settle(&mut clone, Some(self));
         clone
     }
+
+    /// Whether it keeps a tree.
+    pub(super) fn keeps(&self) -> bool {
+        self.replacement.place.staging.exists()
+    }
 }
 
 /// Brings every install of the data directory to a state in which a server may start.
@@ -80,7 +84,11 @@ pub(super) async fn reconcile(
     let mut found = Vec::new();
     for replacement in blocking(move || replacement::all(&directory)).await? {
         let replacement = Arc::new(replacement);
-        let action = decide(replacement.step(), replacement.standing()?);
+        let mut action = replacement.action()?;
+        if action == Action::Install && !replacement.plan.waits && !control.manages() {
+            // Nobody would stop the server for it.
+            action = Action::LetGo;
+        }
         info!(
             clone = %replacement.plan.clone,
             step = replacement.step().name(),
@@ -92,9 +100,8 @@ pub(super) async fn reconcile(
         }
         let work = Arc::clone(&replacement);
         blocking(move || settle_trees(&work, action)).await?;
-        found.push(Found { replacement, action });
+        found.push(Found { replacement, action, manages: control.manages() });
     }
-    found.retain(|found| found.replacement.place.staging.exists());
     Ok(found)
 }
 
@@ -126,59 +133,66 @@ async fn wait_for_no_server(
 
 fn settle_trees(replacement: &Replacement, action: Action) -> Result<(), Failure> {
     match action {
-        Action::LetGo if replacement.plan.waits => Ok(()),
-        Action::LetGo => replacement.remove(),
+        Action::LetGo => replacement.let_go(),
         Action::BringBack => {
             let was_open = replacement.was_opened();
             replacement.put_back()?;
             replacement.unlock_trees();
             // A tree that has been open may hold somebody's writes.
-            if was_open { Ok(()) } else { replacement.remove() }
+            if was_open { Ok(()) } else { replacement.let_go() }
         }
         Action::GoOn if replacement.step() == Step::Exchanging => replacement.note_in_place(),
         Action::RemoveOld => replacement.accept(),
-        Action::GoOn | Action::Keep | Action::KeepAside => Ok(()),
+        Action::Install | Action::GoOn | Action::Keep | Action::KeepAside => Ok(()),
         Action::Refuse => {
-            error!(
-                clone = %replacement.plan.clone,
-                data_directory = %replacement.place.data_directory.display(),
-                staging = %replacement.place.staging.display(),
-                step = replacement.step().name(),
-                "neither the old data nor the clone stand in the data directory: somebody has \
-                 moved them, and nothing is touched"
-            );
+            error!(clone = %replacement.plan.clone, error = %replacement.refused(), "nothing is touched");
             Ok(())
         }
     }
 }
 
-/// Brings the record of a clone that had not ended up to what was found; tells whether it changed.
+/// Brings the record of a clone up to what was found; tells whether it changed.
 pub(super) fn settle(clone: &mut pb::Clone, found: Option<&Found>) -> bool {
-    let before = clone.state;
-    let state = match found.map(|found| found.action) {
-        Some(Action::LetGo) if found.is_some_and(|found| found.replacement.plan.waits) => {
-            Some(pb::State::AwaitingInstall)
+    let before = clone.clone();
+    let ended = is_final(before.state);
+    match found.map(|found| (found, found.action)) {
+        Some((found, Action::Install)) if found.replacement.plan.waits => {
+            clone.state = pb::State::AwaitingInstall.into();
         }
-        Some(Action::GoOn) => Some(pb::State::InProgress),
-        Some(Action::Keep) => Some(pb::State::Completed),
-        Some(Action::BringBack | Action::KeepAside) => Some(pb::State::RolledBack),
-        _ => None,
-    };
-    match state {
-        Some(state) => {
-            clone.state = state.into();
-            if state == pb::State::Completed {
+        Some((found, Action::Install | Action::GoOn)) if found.manages => {
+            clone.state = pb::State::InProgress.into();
+            clone.end_time = None;
+        }
+        // It was installed, or could not be made a replica, and said so.
+        Some((_, Action::GoOn | Action::Keep | Action::RemoveOld)) if ended => {}
+        Some((found, Action::GoOn | Action::Keep | Action::RemoveOld)) => {
+            let result = found.replacement.check_attached();
+            clone.error = result.as_ref().err().map(Failure::to_wire);
+            clone.state =
+                if result.is_ok() { pb::State::Completed } else { pb::State::Failed }.into();
+        }
+        Some((found, Action::BringBack | Action::KeepAside)) => {
+            clone.state = pb::State::RolledBack.into();
+            if found.replacement.was_opened() {
+                // By a person's wish: what stopped it half-way is over.
                 clone.error = None;
             }
         }
-        None if is_final(before) => return false,
-        None => end_interrupted(clone),
+        Some((found, Action::Refuse)) if !ended => {
+            clone.state = pb::State::Failed.into();
+            clone.error = Some(found.replacement.refused().to_wire());
+        }
+        Some(_) | None if ended => {}
+        Some(_) | None => end_interrupted(clone),
+    }
+    if let Some(found) = found {
+        clone.install = Some(found.replacement.to_wire());
     }
     if is_final(clone.state) {
         clone.end_time.get_or_insert(time::timestamp(SystemTime::now()));
         clone.eta = None;
     }
-    clone.state != before || !is_final(before)
+    *clone != before
 }
 
 /// A stop of the service ended this clone: its staging goes, its record says how it ended.
@@ -196,7 +210,7 @@ fn end_interrupted(clone: &mut pb::Clone) {
         for parent in [parent.to_owned(), Form::Move.staging_parent(target)] {
             for directory in staging_directories(&parent, &id) {
                 // A journal means that an install keeps what is there.
-                if directory.join("journal").exists() {
+                if installed_journal(&directory).exists() {
                     continue;
                 }
                 if let Err(failure) = Staging::remove(&directory) {
@@ -204,7 +218,7 @@ fn end_interrupted(clone: &mut pb::Clone) {
                 }
             }
         }
-        replacement::remove_inner(target);
+        place::remove_inner(target);
         info!(clone = %id, "cleared up after a clone that a stop has ended");
     }
     clone.state = end.into();
@@ -221,17 +235,35 @@ fn end_interrupted(clone: &mut pb::Clone) {
 }
 
 impl Clones {
-    /// Goes on with an install that a stop has cut, and from then on removes kept data whose time
-    /// is over. Returns whether the server is started by it.
-    pub fn go_on(self: &Arc<Self>) -> bool {
-        let pending = {
-            let table = self.lock();
-            table.installs.values().find(|install| is_pending(install)).cloned()
-        };
+    /// Goes on with an install, or a copy, that a stop has cut, and from then on removes kept data whose time
+    /// is over. Returns how the server is to be started; `None` when that is the install's.
+    pub fn go_on(self: &Arc<Self>) -> Option<FirstStart> {
+        let installs: Vec<_> = self.lock().installs.values().cloned().collect();
         let clones = Arc::clone(self);
-        tokio::spawn(async move { clones.remove_outlived().await });
-        let Some(replacement) = pending.filter(|_| self.control.manages()) else {
-            return false;
+        tokio::spawn(clones.keep_up());
+        let is_pending = |install: &&Arc<Replacement>| {
+            let action = install.action();
+            let waits = install.plan.waits;
+            action.is_ok_and(|action| match action {
+                Action::Install => !waits,
+                action => action == Action::GoOn,
+            })
+        };
+        let pending = installs.iter().find(is_pending).filter(|_| self.control.manages());
+        let Some(replacement) = pending.cloned() else {
+            self.go_on_with_interrupted();
+            let own = self.settings.data_directory.as_deref();
+            if let Some(own) = own.filter(|own| generation::was_discarded(own)) {
+                error!(
+                    data_directory = %own.display(),
+                    "the data were discarded for a clone that is not there yet: the server stays \
+                     stopped until a clone is installed; to start it on what is there, remove {}",
+                    generation::DISCARDED_FILE
+                );
+                return None;
+            }
+            let opened = installs.iter().find(|install| is_kept(install));
+            return Some(opened.map_or(FirstStart::No, |install| install.first_start()));
         };
         let clones = Arc::clone(self);
         let span = info_span!("install", clone = %replacement.plan.clone);
@@ -239,17 +271,27 @@ impl Clones {
             Ok(running) => {
                 let work = async move {
                     let installer = clones.installer_for(&running, &replacement);
-                    let result = installer.bring_up().await.map(|()| End::Completed);
+                    let result = clones.go_on_with_install(&installer).await;
                     clones.end_install(&running, &replacement, &result);
                 };
                 self.tasks.spawn(work.instrument(span));
-                true
+                None
             }
             Err(failure) => {
                 warn!(error = %failure, "the install does not go on");
-                false
+                Some(replacement.first_start())
             }
         }
+    }
+
+    async fn go_on_with_install(&self, installer: &Installer) -> Result<End, Failure> {
+        installer.go_on().await?;
+        installer.replacement.check_attached()?;
+        if !installer.replacement.plan.had_data {
+            let replacement = Arc::clone(&installer.replacement);
+            blocking(move || replacement.accept()).await?;
+        }
+        Ok(End::Completed)
     }
 
     /// Installs a clone that waits for its server to be stopped.
@@ -302,12 +344,21 @@ impl Clones {
             }
             return Err(not_installed(&clone));
         };
-        if !matches!(replacement.step(), Step::InPlace | Step::Opened | Step::Accepted) {
+        // A server that is managed must have been healthy, and open.
+        let may_be = match replacement.step() {
+            Step::Opened | Step::Accepted => true,
+            Step::InPlace | Step::Started | Step::Healthy => !self.control.manages(),
+            _ => false,
+        };
+        if !may_be {
             return Err(not_installed(&clone));
         }
         self.operate(&replacement, |installer| async move {
             let replacement = Arc::clone(&installer.replacement);
             let result = blocking(move || replacement.accept()).await;
+            if result.is_ok() {
+                installer.control.set_mode(FirstStart::No).await;
+            }
             (Ok(End::Completed), result)
         })
         .await
@@ -326,10 +377,11 @@ impl Clones {
         let Some(replacement) = self.lock().installs.get(&clone.name).cloned() else {
             return Err(not_installed(&clone));
         };
-        if !matches!(replacement.step(), Step::InPlace | Step::Opened) {
+        if !replacement.is_pending() || replacement.step() == Step::Staged {
             return Err(not_installed(&clone));
         }
-        if !discard_writes {
+        let may_hold_writes = replacement.was_opened() || !self.control.manages();
+        if may_hold_writes && !discard_writes {
             return Err(Failure::precondition(
                 "WRITES_WOULD_BE_LOST",
                 format!(
@@ -351,113 +403,29 @@ impl Clones {
             } else {
                 installer.put_back_without_server().await
             };
-            (Ok(End::Completed), result)
+            let is_half_back = matches!(
+                installer.replacement.step(),
+                Step::ExchangingBack | Step::TakingOut | Step::PuttingBack
+            );
+            match result {
+                Err(failure) if is_half_back => (Err(failure.clone()), Err(failure)),
+                result => (Ok(End::Completed), result),
+            }
         })
         .await
     }
 
     /// Ends a clone that waits to be installed.
     pub(super) fn cancel_waiting(&self, mut clone: pb::Clone) -> Result<pb::Clone, Failure> {
-        let mut table = self.lock();
-        refuse_if_busy(&table)?;
-        if let Some(replacement) = table.installs.remove(&clone.name) {
-            replacement.remove()?;
+        let removal = self.begin_removal(&clone.name, |_| Ok(()))?;
+        if let Some(replacement) = removal.install() {
+            replacement.let_go()?;
         }
         clone.state = pb::State::Cancelled.into();
         clone.install = None;
         self.history.save(&clone)?;
-        table.past.insert(clone.name.clone(), clone.clone());
+        removal.done(Some(clone.clone()));
         Ok(clone)
-    }
-
-    /// What clones have left of this recipient's data directory.
-    pub fn leftovers(&self) -> Vec<pb::Leftover> {
-        let Some(directory) = &self.settings.data_directory else {
-            return Vec::new();
-        };
-        let directory = directory.canonicalize().unwrap_or_else(|_| directory.clone());
-        let table = self.lock();
-        let mut found = Vec::new();
-        for form in [Form::Exchange, Form::Move] {
-            let Ok(entries) = std::fs::read_dir(form.staging_parent(&directory)) else {
-                continue;
-            };
-            for path in entries.flatten().map(|entry| entry.path()) {
-                let Some(id) = path.file_name().and_then(place::clone_id) else { continue };
-                let name = format!("clones/{id}");
-                let is_running = table.running.as_ref().is_some_and(|running| running.id == id);
-                let (content, removable) = match table.installs.get(&name).map(|i| i.step()) {
-                    _ if is_running => ("of the clone that runs", false),
-                    Some(Step::RolledBack) => ("a clone that was rolled back", true),
-                    Some(Step::Staged) => ("a clone that waits to be installed", false),
-                    Some(_) => {
-                        ("the data from before the clone; `marcot accept` removes them", false)
-                    }
-                    None if path.join("journal").exists() => ("of another data directory", false),
-                    None => ("of a clone that has ended", !table.past.contains_key(&name)),
-                };
-                found.push(pb::Leftover {
-                    name: format!("leftovers/{id}"),
-                    allocated_bytes: allocated_bytes(&path),
-                    path: path_bytes(&path),
-                    content: content.to_owned(),
-                    removable,
-                });
-            }
-        }
-        found.sort_by(|a, b| a.name.cmp(&b.name));
-        found
-    }
-
-    /// Removes one of them.
-    pub fn remove_leftover(&self, name: &str) -> Result<(), Failure> {
-        let leftover = self.leftovers().into_iter().find(|leftover| leftover.name == name);
-        let Some(leftover) = leftover else {
-            let shown: String = name.chars().take(80).collect();
-            return Err(Failure::new(
-                Code::NotFound,
-                "UNKNOWN_LEFTOVER",
-                format!("`{shown}` is no leftover; `marcot prune` lists them"),
-            ));
-        };
-        if !leftover.removable {
-            return Err(Failure::precondition(
-                "LEFTOVER_IN_USE",
-                format!("{name} is {} and cannot be removed so", leftover.content),
-            ));
-        }
-        let id = name.rsplit('/').next().unwrap_or_default();
-        let replacement = self.lock().installs.remove(&format!("clones/{id}"));
-        match replacement {
-            Some(replacement) => replacement.remove(),
-            None => Staging::remove(&PathBuf::from(OsStr::from_bytes(&leftover.path))),
-        }
-    }
-
-    /// Removes the old data of clones that were open for as long as these were to be kept.
-    async fn remove_outlived(self: Arc<Self>) {
-        loop {
-            let now = SystemTime::now();
-            let outlived: Vec<String> = {
-                let table = self.lock();
-                let is_over = |install: &&Arc<Replacement>| {
-                    install.step() == Step::Opened
-                        && install.keep_until().is_some_and(|until| until <= now)
-                };
-                let names = table.installs.iter().filter(|(_, install)| is_over(install));
-                names.map(|(name, _)| name.clone()).collect()
-            };
-            for name in outlived {
-                info!(clone = %name, "the old data have been kept for their time, and go");
-                if let Err(failure) = self.accept(&name).await {
-                    warn!(clone = %name, error = %failure, "the old data stay");
-                }
-            }
-            tokio::select! {
-                () = tokio::time::sleep(KEEP_CHECK) => {}
-                () = self.tasks.wait() => return,
-            }
-        }
     }
 
     /// Does something with an install, to its end, whatever becomes of the caller.
@@ -485,7 +453,8 @@ impl Clones {
     }
 
     fn installer_for(&self, running: &Running, replacement: &Arc<Replacement>) -> Installer {
-        installer(&self.settings, &running.status, &self.control, Arc::clone(replacement))
+        let leaving = self.leaving.clone();
+        installer(&self.settings, &running.status, &self.control, Arc::clone(replacement), leaving)
     }
 
     /// Takes the one place that clones and installs run in.
@@ -503,6 +472,18 @@ impl Clones {
         Ok(running)
     }
 
+    /// This process ends in the middle: the record stays as it is, for the next start.
+    fn leave_install(&self, running: &Running, replacement: &Arc<Replacement>) -> pb::Clone {
+        info!("the service stops; the install goes on when it is started again");
+        let clone = running.status.clone_resource();
+        self.save(&clone);
+        let mut table = self.lock();
+        table.running = None;
+        table.installs.insert(clone.name.clone(), Arc::clone(replacement));
+        table.past.insert(clone.name.clone(), clone.clone());
+        clone
+    }
+
     fn end_install(
         &self,
         running: &Running,
@@ -510,13 +491,16 @@ impl Clones {
         end: &Result<End, Failure>,
     ) -> pb::Clone {
         running.status.set_install(replacement);
+        if end.as_ref().is_err_and(was_left) {
+            return self.leave_install(running, replacement);
+        }
         let mut clone = running.status.finish(end, false);
         if replacement.step() == Step::RolledBack && end.is_ok() {
             clone.state = pb::State::RolledBack.into();
         }
-        if replacement.step() == Step::RolledBack && end.is_err() {
+        if replacement.step() == Step::RolledBack && end.is_err() && !replacement.was_opened() {
             // By itself: nobody has written to what is given up.
-            if let Err(failure) = replacement.remove() {
+            if let Err(failure) = replacement.let_go() {
                 warn!(error = %failure, "staging directory is left");
             }
         }
@@ -537,9 +521,9 @@ impl Clones {
     }
 }
 
-/// Whether the clone stands and its server has not been proven yet.
-fn is_pending(replacement: &Replacement) -> bool {
-    matches!(replacement.step(), Step::InPlace | Step::Started | Step::Healthy)
+/// Whether the clone stands and is open, and the old tree is kept.
+pub(super) fn is_kept(replacement: &Replacement) -> bool {
+    replacement.action().is_ok_and(|action| action == Action::Keep)
 }
 
 fn not_installed(clone: &pb::Clone) -> Failure {

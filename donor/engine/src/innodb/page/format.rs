@@ -3,6 +3,7 @@
 use super::{
     DATA, PageError, PageState,
     bytes::{is_zero, range, u32_at},
+    mysql,
 };
 
 /// Space id and flags in the tablespace's header, `fsp0fsp.h`.
@@ -51,6 +52,8 @@ pub(super) enum Layout {
     FullCrc32,
     Legacy,
     RowFormatCompressed,
+    MySql,
+    MySqlRowFormatCompressed,
 }
 
 /// Why a first page cannot be believed.
@@ -89,6 +92,16 @@ pub enum FormatError {
         /// Its value.
         value: u32,
     },
+    /// Flags of no MySQL version.
+    #[error("tablespace flags {flags:#x} are of no MySQL version: {field} is {value}")]
+    MySqlFlags {
+        /// All flags.
+        flags: u32,
+        /// The field that is wrong.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+    },
     /// A temporary tablespace, or MySQL's dictionary.
     #[error("the tablespace's id is {found:#x}; ids of lasting ones are below {limit:#x}")]
     SpaceIdLimit {
@@ -106,6 +119,26 @@ impl PageFormat {
     /// Reads and checks the first page of a tablespace. `page0` may hold more than that page: give
     /// 64 KiB or the whole file, or as much as `FormatError::Short` asks for.
     pub fn from_first_page(page0: &[u8]) -> Result<Self, FormatError> {
+        let mut format = Self::read(page0, Self::from_flags)?;
+        let space_id = format.space_id;
+        if space_id >= SPACE_ID_LIMIT {
+            return Err(FormatError::SpaceIdLimit { found: space_id, limit: SPACE_ID_LIMIT });
+        }
+        format.encrypted =
+            format.has_encryption(page0.get(..format.physical_page_size).unwrap_or_default());
+        Ok(format)
+    }
+
+    /// As `from_first_page`, for MySQL 8.0 and later, where undo tablespaces and the dictionary have
+    /// the highest ids.
+    pub fn from_first_page_of_mysql(page0: &[u8]) -> Result<Self, FormatError> {
+        Self::read(page0, mysql::from_flags)
+    }
+
+    fn read(
+        page0: &[u8],
+        from_flags: fn(u32, u32) -> Result<Self, FormatError>,
+    ) -> Result<Self, FormatError> {
         if page0.len() < HEAD_BYTES {
             return Err(FormatError::Short { found: page0.len(), needed: PAGE_BYTES_MIN });
         }
@@ -114,7 +147,7 @@ impl PageFormat {
         if is_zero(range(page0, 0..PAGE_BYTES_MIN)) {
             return Err(FormatError::ZeroPage);
         }
-        let mut format = Self::from_flags(flags, space_id)?;
+        let format = from_flags(flags, space_id)?;
         let needed = format.physical_page_size;
         let Some(first_page) = page0.get(..needed) else {
             return Err(FormatError::Short { found: page0.len(), needed });
@@ -124,11 +157,28 @@ impl PageFormat {
         }
         // The id is in the page twice. No layout hides it in page 0.
         format.check_space_id(first_page)?;
-        if space_id >= SPACE_ID_LIMIT {
-            return Err(FormatError::SpaceIdLimit { found: space_id, limit: SPACE_ID_LIMIT });
-        }
-        format.encrypted = format.has_encryption(first_page);
         Ok(format)
+    }
+
+    /// A format of MySQL: logical and physical size of its pages.
+    pub(super) fn of_mysql(
+        space_id: u32,
+        flags: u32,
+        [logical_page_size, physical_page_size]: [usize; 2],
+        layout: Layout,
+        encrypted: bool,
+    ) -> Self {
+        // Which tables are compressed is in no flag: a page says it itself.
+        let page_compressed = layout == Layout::MySql;
+        Self {
+            space_id,
+            flags,
+            logical_page_size,
+            physical_page_size,
+            layout,
+            page_compressed,
+            encrypted,
+        }
     }
 
     /// The tablespace's id.

@@ -39,6 +39,9 @@ const FORMAT_ENCRYPTED_11: u32 = 0xf09f_979d;
 const FILE_CHECKPOINT: u8 = 0xf0 + 2 + 8;
 const FILE_MODIFY: u8 = 0xb0;
 
+/// Kind of a FILE_DELETE record.
+const FILE_DELETE: u8 = 0x90;
+
 /// Why bytes are no part of a redo log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
@@ -143,6 +146,13 @@ impl Header {
     pub fn is_encrypted(&self) -> bool {
         // Before format 11 an encrypted log had the plain log's format and a key here.
         be32(&self.bytes, 0) == FORMAT_ENCRYPTED_11 || be32(&self.bytes, 48) != 0
+    }
+
+    /// Whether what records say of a tablespace's id is encrypted as well. In the older format the
+    /// id stands before what is encrypted: the key is derived from it.
+    #[must_use]
+    pub fn hides_ids(&self) -> bool {
+        be32(&self.bytes, 0) == FORMAT_ENCRYPTED_11
     }
 
     /// The same header for a log whose first byte is at another LSN.
@@ -341,6 +351,47 @@ fn record_bytes(bytes: &[u8]) -> Result<Option<usize>, BadMtr> {
     }
     // It counts from its own first byte on.
     Ok(Some(1 + value + 15))
+}
+
+/// Calls `each` for every tablespace that a mini-transaction's records say is deleted: with its id,
+/// or with nothing where ids are hidden.
+pub fn deleted_spaces(records: &[u8], hides_ids: bool, each: &mut dyn FnMut(Option<u32>)) {
+    let mut at = 0;
+    // A record with this bit speaks of a file, until one of a page has come: then it speaks of the
+    // same page (recv_sys_t::parse, got_page_op).
+    while let Some(&byte) = records.get(at).filter(|&&byte| byte & 0x80 != 0) {
+        let Ok(Some(length)) = record_bytes(&records[at..]) else { return };
+        if byte & 0xf0 == FILE_DELETE {
+            let head = length_bytes(&records[at..]);
+            let id = records.get(at + head..).and_then(varint);
+            each(id.filter(|_| !hides_ids));
+        }
+        at += length;
+    }
+}
+
+/// Bytes that tell a record's kind and length.
+fn length_bytes(record: &[u8]) -> usize {
+    match (record[0] & 0xf, record.get(1)) {
+        (0, Some(lead)) => 2 + lead.leading_ones() as usize,
+        _ => 1,
+    }
+}
+
+/// A number as records have it (mlog_decode_varint).
+fn varint(bytes: &[u8]) -> Option<u32> {
+    let lead = *bytes.first()?;
+    let (more, least, bits) = match lead.leading_ones() {
+        0 => (0, 0, lead),
+        1 => (1, 1 << 7, lead & 0x3f),
+        2 => (2, (1 << 7) + (1 << 14), lead & 0x1f),
+        3 => (3, (1 << 7) + (1 << 14) + (1 << 21), lead & 0x0f),
+        4 => (4, (1 << 7) + (1 << 14) + (1 << 21) + (1 << 28), 0),
+        _ => return None,
+    };
+    let rest = bytes.get(1..=more)?;
+    let value = rest.iter().fold(u64::from(bits), |value, &b| value << 8 | u64::from(b));
+    u32::try_from(value + least).ok()
 }
 
 /// What a walk along a log has found.

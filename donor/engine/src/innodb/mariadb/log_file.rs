@@ -15,14 +15,14 @@ use super::redo::{
 };
 
 /// The log's name in the data directory.
-pub(super) const LOG_NAME: &str = "ib_logfile0";
+pub(in crate::innodb) const LOG_NAME: &str = "ib_logfile0";
 
 /// Most looks at the checkpoint blocks: the server may be writing one.
 const LOOKS_MAX: u32 = 20;
 
 /// An open log file. A resize puts another one in its place.
 #[derive(Debug)]
-pub(super) struct LogFile {
+pub(in crate::innodb) struct LogFile {
     file: File,
     path: PathBuf,
     inode: (u64, u64),
@@ -32,7 +32,7 @@ pub(super) struct LogFile {
 
 impl LogFile {
     /// Opens the log in `directory` and reads its header.
-    pub(super) fn open(directory: &Path) -> Result<Self, Failure> {
+    pub(in crate::innodb) fn open(directory: &Path) -> Result<Self, Failure> {
         let path = directory.join(LOG_NAME);
         let read = || -> io::Result<(File, std::fs::Metadata, [u8; HEADER_BYTES])> {
             let file = File::open(&path)?;
@@ -47,22 +47,22 @@ impl LogFile {
         Ok(Self { file, path, inode, bytes: metadata.len(), header })
     }
 
-    pub(super) fn header(&self) -> &Header {
+    pub(in crate::innodb) fn header(&self) -> &Header {
         &self.header
     }
 
     /// Bytes of records that it holds before it wraps around.
-    pub(super) fn capacity(&self) -> u64 {
+    pub(in crate::innodb) fn capacity(&self) -> u64 {
         capacity(self.bytes)
     }
 
     /// The byte that ends a mini-transaction whose end is at `lsn`.
-    pub(super) fn sequence_bit(&self, lsn: u64) -> u8 {
+    pub(in crate::innodb) fn sequence_bit(&self, lsn: u64) -> u8 {
         self.header.sequence_bit(lsn, self.bytes)
     }
 
     /// The newest checkpoint.
-    pub(super) fn checkpoint(&self) -> Result<Checkpoint, Failure> {
+    pub(in crate::innodb) fn checkpoint(&self) -> Result<Checkpoint, Failure> {
         let mut look = 0;
         loop {
             let mut blocks = [[0; CHECKPOINT_BYTES]; 2];
@@ -84,7 +84,7 @@ impl LogFile {
 
     /// Reads records from `lsn` on. The caller makes sure that they have been written, and not yet
     /// been overwritten.
-    pub(super) fn read(&self, lsn: u64, buffer: &mut [u8]) -> io::Result<()> {
+    pub(in crate::innodb) fn read(&self, lsn: u64, buffer: &mut [u8]) -> io::Result<()> {
         let (mut lsn, mut rest) = (lsn, buffer);
         while !rest.is_empty() {
             let offset = self.header.offset(lsn, self.bytes);
@@ -99,7 +99,10 @@ impl LogFile {
     }
 
     /// Opens the log anew if another file has taken its place.
-    pub(super) fn reopen_if_replaced(&self, directory: &Path) -> Result<Option<Self>, Failure> {
+    pub(in crate::innodb) fn reopen_if_replaced(
+        &self,
+        directory: &Path,
+    ) -> Result<Option<Self>, Failure> {
         // Between the two renames of a resize there is no such file for a moment.
         let Ok(metadata) = std::fs::metadata(directory.join(LOG_NAME)) else {
             return Ok(None);

@@ -1,0 +1,85 @@
+//! Whether the tree that is replaced is all of its server's: redo that lies elsewhere would stay,
+//! and the clone would start on it (R9).
+
+use std::path::Path;
+
+use marcot_common::failure::Failure;
+use marcot_engine::{EngineConfig, innodb::paths};
+
+use super::Findings;
+use crate::{request::CloneRequest, source::blocking};
+
+const CHECK: &str = "server_paths";
+
+/// Where redo is in a data directory: one file of MariaDB's, a directory of MySQL's.
+const REDO: [&str; 2] = ["ib_logfile0", "#innodb_redo"];
+
+/// Asks the server; one that cannot be asked is judged by what it has left in its data directory.
+pub(crate) async fn check(
+    request: &CloneRequest,
+    engine: Option<&EngineConfig>,
+    findings: &mut Findings,
+) {
+    if request.form.is_none() {
+        return;
+    }
+    let database = engine.map(|engine| engine.database.clone()).unwrap_or_default();
+    let target = request.target.clone();
+    let asked = if database.socket.is_none() && database.url.is_none() {
+        Err("there is no --database-socket".to_owned())
+    } else {
+        let asked = blocking(move || paths::check_replaceable(&database, &target)).await;
+        match asked {
+            Err(failure) if paths::is_refusal(&failure) => {
+                return findings.failed(CHECK, failure);
+            }
+            other => other.map_err(|failure| failure.message),
+        }
+    };
+    match asked {
+        Ok(()) => findings.passed(CHECK, "all that the server has is in its data directory"),
+        Err(why) => match has_its_redo(&request.target) {
+            Ok(()) => findings.warning(
+                CHECK,
+                format!("where the server keeps its files is not checked: {why}"),
+                "see that innodb_log_group_home_dir and the like are the data directory, or have \
+                 the server run and give --database-socket"
+                    .to_owned(),
+            ),
+            Err(failure) => findings.failed(CHECK, failure),
+        },
+    }
+}
+
+fn has_its_redo(data_directory: &Path) -> Result<(), Failure> {
+    let is_there = |name: &str| data_directory.join(name).symlink_metadata().is_ok();
+    if !is_there("ibdata1") || REDO.into_iter().any(is_there) {
+        return Ok(());
+    }
+    Err(Failure::precondition(
+        "PATH_OUTSIDE_DATA_DIRECTORY",
+        format!(
+            "{} holds ibdata1 and no redo log ({}): the server keeps it elsewhere \
+             (innodb_log_group_home_dir), and the clone would start on it; have it in the data \
+             directory, or move what is there away",
+            data_directory.display(),
+            REDO.join(", ")
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_directory_without_its_redo_is_noticed_while_no_server_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        has_its_redo(directory.path()).unwrap();
+        std::fs::write(directory.path().join("ibdata1"), "x").unwrap();
+        let failure = has_its_redo(directory.path()).unwrap_err();
+        assert_eq!(failure.reason, "PATH_OUTSIDE_DATA_DIRECTORY");
+        std::fs::create_dir(directory.path().join(REDO[1])).unwrap();
+        has_its_redo(directory.path()).unwrap();
+    }
+}

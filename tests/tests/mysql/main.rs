@@ -1,0 +1,11 @@
+//! Clones of live MySQL servers under a write load: the clone starts by the stock server's crash
+//! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
+//!
+//! `make test-mysql` runs them; those that are ignored take longer, `make test-mysql FULL=1` runs
+//! them too.
+
+mod faults;
+mod matrix;
+mod refusals;
+mod replicas;
+mod server;

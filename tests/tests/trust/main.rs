@@ -1,0 +1,7 @@
+//! Who may clone from whom, who may do what, and who is believed.
+
+mod addresses;
+mod capture;
+mod database;
+mod roles;
+mod rotation;
