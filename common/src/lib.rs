@@ -20,6 +20,7 @@ pub mod listener;
 pub mod login;
 pub mod network;
 pub mod os;
+pub mod pace;
 pub mod path;
 pub mod position;
 pub mod reloaded;

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
+    caps::Caps,
     chunk_reader::{BufferPool, CallerGone, ChunkReader, Frame, ReadPlan},
     lease::{self, Caller, Held, LEASE_DEFAULT, LEASE_MAX, LEASE_MIN, Leases, OpenRequest},
 };
@@ -58,13 +59,21 @@ pub struct Api {
     pool: Arc<BufferPool>,
     identity: Identity,
     sent_bytes: Arc<AtomicU64>,
+    caps: Arc<Caps>,
 }
 
 impl Api {
     /// Serves the snapshots of `leases`.
     #[must_use]
-    pub fn new(leases: Arc<Leases>, identity: Identity) -> Self {
-        Self { leases, pool: Arc::default(), identity, sent_bytes: Arc::default() }
+    pub fn new(leases: Arc<Leases>, identity: Identity, caps: Caps) -> Self {
+        let (sent_bytes, caps) = (Arc::default(), Arc::new(caps));
+        Self { leases, pool: Arc::default(), identity, sent_bytes, caps }
+    }
+
+    /// What all clones together may take.
+    #[must_use]
+    pub fn caps(&self) -> Arc<Caps> {
+        Arc::clone(&self.caps)
     }
 
     /// Payload bytes sent since the start.
@@ -92,14 +101,17 @@ impl Api {
         let reader = ChunkReader::new(Arc::clone(&held.snapshot), Arc::clone(&self.pool), plan);
         let (sender, receiver) = mpsc::channel(FRAMES_QUEUED);
         let sent_total = Arc::clone(&self.sent_bytes);
+        let caps = Arc::clone(&self.caps);
         tokio::task::spawn_blocking(move || {
             let _place = place;
             let result = reader.run(&mut |frame| {
                 if held.ended.is_cancelled() {
                     return Err(CallerGone);
                 }
-                if let Frame::Chunk(_, payload) = &frame {
+                if let Frame::Chunk(chunk, payload) = &frame {
                     let bytes = payload.len() as u64;
+                    let stops = || held.ended.is_cancelled() || sender.is_closed();
+                    caps.pass_blocking(chunk.raw_length.into(), bytes, stops);
                     held.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
                     sent_total.fetch_add(bytes, Ordering::Relaxed);
                 }

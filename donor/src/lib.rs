@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod body;
+pub mod caps;
 pub mod chunk_reader;
 pub mod lease;
 pub mod metrics;

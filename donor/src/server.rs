@@ -8,6 +8,7 @@ use marcot_common::{
     connection::{Identity, Privilege},
     failure::Failure,
     login::{DatabaseAccounts, server::KeyDirectory},
+    pace::parse_bandwidth,
     server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
@@ -17,6 +18,7 @@ use marcot_engine::{EngineConfig, EngineOptions, innodb::accounts::ServerAccount
 use crate::{
     api::{self, Api},
     body::ZeroCopyService,
+    caps::Caps,
     lease::Leases,
     metrics::DonorMetrics,
 };
@@ -50,6 +52,14 @@ pub struct Settings {
     #[arg(long, default_value_t = 8, env = "MARCOT_SNAPSHOTS_MAX",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub snapshots_max: u16,
+    /// Most data that is read per second, by all clones together, from 64KiB; 0: no limit.
+    #[arg(long, value_name = "BYTES", default_value = "0", env = "MARCOT_MAX_DATA_BANDWIDTH",
+          value_parser = parse_bandwidth)]
+    pub max_data_bandwidth: u64,
+    /// Most payload that is sent per second, to all recipients together, from 64KiB; 0: no limit.
+    #[arg(long, value_name = "BYTES", default_value = "0", env = "MARCOT_MAX_NETWORK_BANDWIDTH",
+          value_parser = parse_bandwidth)]
+    pub max_network_bandwidth: u64,
     /// Callers log in with accounts of the database that is cloned (engine innodb), and need the
     /// privileges there that a clone needs, instead of accounts of a file.
     #[arg(long, env = "MARCOT_DATABASE_ACCOUNTS", conflicts_with = "accounts")]
@@ -79,7 +89,8 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
         settings.snapshots_max.into(),
     ));
     let identity = api::Identity { accounts: prepared.has_accounts(), tls: prepared.tls.is_some() };
-    let api = Api::new(Arc::clone(&leases), identity);
+    let caps = Caps::new(settings.max_data_bandwidth, settings.max_network_bandwidth);
+    let api = Api::new(Arc::clone(&leases), identity, caps);
     let metrics = Arc::new(Metrics::new(ROLE.name));
     DonorMetrics::register(&metrics, &leases, &api);
     let expiry = tokio::spawn(Arc::clone(&leases).expire(shutdown.stop.clone()));

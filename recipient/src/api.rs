@@ -259,9 +259,12 @@ impl RecipientService for Api {
 
     async fn update_clone_limits(
         &self,
-        _: Request<pb::UpdateCloneLimitsRequest>,
+        request: Request<pb::UpdateCloneLimitsRequest>,
     ) -> Result<Response<pb::UpdateCloneLimitsResponse>, Status> {
-        Err(Failure::unimplemented("UpdateCloneLimits").into())
+        self.require_privilege_of(&request, &request.get_ref().name)?;
+        let pb::UpdateCloneLimitsRequest { name, limits } = request.into_inner();
+        let clone = self.clones.update_limits(&name, &limits.unwrap_or_default())?;
+        Ok(Response::new(pb::UpdateCloneLimitsResponse { clone: Some(clone) }))
     }
 
     async fn rollback_clone(

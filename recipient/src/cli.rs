@@ -24,7 +24,7 @@ use marcot_common::failure::Failure;
 use marcot_proto::recipient::v1::{
     AcceptCloneRequest, CancelCloneRequest, Clone, DeleteLeftoverRequest, GetCloneRequest,
     InstallCloneRequest, ListClonesRequest, ListLeftoversRequest, PauseCloneRequest,
-    RollbackCloneRequest, ValidateCloneRequest,
+    RollbackCloneRequest, UpdateCloneLimitsRequest, ValidateCloneRequest,
 };
 
 use self::{
@@ -103,6 +103,20 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             let mut client = Client::connect(arguments).await?;
             let request = PauseCloneRequest { name: clone_name(name) };
             let answer = client.api().pause_clone(request).await.map_err(failed)?;
+            output.clone(&answer.into_inner().clone.unwrap_or_default());
+            Ok(End::Done)
+        }
+        Command::Limit { name, concurrency, bandwidth } => {
+            let limits = request::limits(*concurrency, *bandwidth).ok_or_else(|| {
+                Failure::invalid(
+                    "NO_LIMIT",
+                    "no limit is given; give --concurrency, --max-data-bandwidth or \
+                     --max-network-bandwidth",
+                )
+            })?;
+            let mut client = Client::connect(arguments).await?;
+            let request = UpdateCloneLimitsRequest { name: clone_name(name), limits: Some(limits) };
+            let answer = client.api().update_clone_limits(request).await.map_err(failed)?;
             output.clone(&answer.into_inner().clone.unwrap_or_default());
             Ok(End::Done)
         }

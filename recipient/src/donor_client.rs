@@ -38,7 +38,8 @@ use tracing::{Span, warn};
 use crate::{
     copy_journal::record::SnapshotOpened,
     fetch::{
-        FetchContext, StreamWork,
+        FetchContext, Seat, StreamWork,
+        compression::Compression,
         remote::{ReadOptions, copy_units, follow},
     },
     job::CloneJob,
@@ -78,7 +79,7 @@ pub struct DonorSource {
     opened: Opened,
     server_info: pb::GetServerInfoResponse,
     connector: Connector,
-    compression_level: Option<i32>,
+    compression: Compression,
     lease: Duration,
     renewal: AbortHandle,
 }
@@ -188,7 +189,7 @@ impl DonorSource {
             snapshot: opened.snapshot,
             server_info,
             connector,
-            compression_level: request.compression_level,
+            compression: request.compression,
             lease,
             renewal,
         })
@@ -263,7 +264,7 @@ impl DonorSource {
             snapshot: record.snapshot.clone(),
             server_info,
             connector,
-            compression_level: request.compression_level,
+            compression: request.compression,
             lease,
             renewal: spawn_renewal(Arc::clone(&control), lease),
             control,
@@ -399,26 +400,27 @@ type Reading = for<'a> fn(
     &'a mut Link,
     &'a ReadOptions,
     &'a FetchContext,
+    Seat,
 ) -> BoxFuture<'a, Result<(), Failure>>;
 
 impl DonorSource {
     /// Work on a connection of its own.
-    fn stream(&self, reading: Reading) -> StreamWork {
+    fn work(&self, reading: Reading) -> StreamWork {
         let mut link = Link { connector: self.connector.clone(), channel: None };
         let read = ReadOptions {
             snapshot: self.snapshot.clone(),
-            compression_level: self.compression_level,
+            compression: self.compression,
             known_blocks: self.server_info.capabilities.iter().any(|name| name == KNOWN_BLOCKS),
         };
         let span = Span::current();
-        Box::new(move |context| {
+        Box::new(move |context, seat| {
             let _in_the_clones_trace = span.enter();
             // One thread for the connection and the disk: nothing is handed over between cores.
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .map_err(|e| Failure::bug(format!("start a stream's runtime: {e}")))?;
-            runtime.block_on(reading(&mut link, &read, context))
+            runtime.block_on(reading(&mut link, &read, context, seat))
         })
     }
 }
@@ -472,13 +474,12 @@ impl Source for DonorSource {
         }
     }
 
-    fn streams(&self, count: usize) -> Vec<StreamWork> {
-        let work = || self.stream(|link, read, context| Box::pin(copy_units(link, read, context)));
-        std::iter::repeat_with(work).take(count).collect()
+    fn stream(&self) -> StreamWork {
+        self.work(|link, read, context, seat| Box::pin(copy_units(link, read, context, seat)))
     }
 
     fn follower(&self) -> StreamWork {
-        self.stream(|link, read, context| Box::pin(follow(link, read, context)))
+        self.work(|link, read, context, _| Box::pin(follow(link, read, context)))
     }
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {

@@ -3,26 +3,30 @@
 //! Each stream is a thread of its own with, for a donor, a connection of its own: one connection
 //! is one core of TLS, and the thread that reads from the network also writes to the disk.
 
+pub mod compression;
 pub mod decode;
 pub mod local;
 pub mod remote;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use marcot_common::{failure::Failure, position::Position};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::{
     copy_journal::{CopyJournal, record::Unread},
     gate::Gate,
     growing::GrowingFiles,
-    plan::FetchPlan,
+    limits::Limits,
+    plan::{FetchPlan, Unit},
     progress::Progress,
     retry::Patience,
     reuse::Reuse,
     staging::Staging,
-    writer::UnitWriter,
+    writer::{UnitWriter, direct::DirectWriter},
 };
 
 /// Most bytes of a growing file that are read, and made durable, at a time.
@@ -50,6 +54,8 @@ pub struct FetchContext {
     pub reuse: Option<Arc<Reuse>>,
     /// Closed while the clone is paused.
     pub gate: Arc<Gate>,
+    /// What the clone may take.
+    pub limits: Arc<Limits>,
     /// Where what is durable is recorded; `None` for a copy that nobody goes on with.
     pub journal: Option<Arc<CopyJournal>>,
     /// How long a donor that is gone is waited for.
@@ -66,6 +72,21 @@ impl FetchContext {
         Patience::new(&self.progress.retries, self.donor_timeout)
     }
 
+    /// The next unit for a stream; `None` when all are given out, or the stream has to leave.
+    fn next_unit(&self, seat: Seat) -> Result<Option<Unit>, Failure> {
+        if seat >= self.limits.concurrency() {
+            return Ok(None);
+        }
+        self.plan.next()
+    }
+
+    /// What writes large new files of a stream; without a thread of its own they go through the page
+    /// cache.
+    fn disk() -> Option<DirectWriter> {
+        let started = DirectWriter::start();
+        started.inspect_err(|e| warn!(error = %e, "no thread that writes past the page cache")).ok()
+    }
+
     /// Makes a unit durable, and records it.
     fn finish(&self, writer: UnitWriter<'_>) -> Result<(), Failure> {
         let (mut done, unfinished) = writer.finish()?;
@@ -77,54 +98,94 @@ impl FetchContext {
     }
 }
 
-/// Work of one stream, on a thread of its own, until the plan has no more units.
-pub type StreamWork = Box<dyn FnOnce(&FetchContext) -> Result<(), Failure> + Send>;
+/// A stream's place, from 0 up: one at or above the number that is wanted leaves after its unit.
+pub type Seat = usize;
 
-/// Runs all streams and waits for them; the first failure stops the others. `follower` reads what
-/// grows meanwhile.
+/// Work of one stream, on a thread of its own, until the plan has no more units or it has to leave.
+pub type StreamWork = Box<dyn FnOnce(&FetchContext, Seat) -> Result<(), Failure> + Send>;
+
+/// Runs as many streams as the limits say, which may change meanwhile, and waits for them; the first
+/// failure stops the others. `follower` reads what grows meanwhile.
 pub async fn fetch(
     context: Arc<FetchContext>,
-    streams: Vec<StreamWork>,
+    stream: &(dyn Fn() -> StreamWork + Sync),
     follower: Option<StreamWork>,
 ) -> Result<(), Failure> {
-    let count = streams.len();
-    let mut ends = Vec::with_capacity(count + 1);
-    for (number, work) in streams.into_iter().chain(follower).enumerate() {
-        let (sender, receiver) = oneshot::channel();
-        let context = Arc::clone(&context);
-        let thread = std::thread::Builder::new().name(format!("stream-{number}"));
-        let spawned = thread.spawn(move || {
-            context.progress.streams.add(1);
-            let result = work(&context);
-            context.progress.streams.subtract(1);
-            if result.is_err() {
-                context.stop.cancel();
-            }
-            // The job waits for every stream, unless it has been dropped with its runtime.
-            drop(sender.send(result));
-        });
+    let mut first_failure = None;
+    let mut note = |result: Result<(), Failure>| {
+        if let Err(failure) = result
+            && (first_failure.is_none() || is_consequence(first_failure.as_ref()))
+        {
+            first_failure = Some(failure);
+        }
+    };
+    let follower = follower.map(|work| start("follower".to_owned(), &context, work, 0));
+    let mut wanted = context.limits.watch_concurrency();
+    let mut seats = BTreeSet::new();
+    let mut streams = FuturesUnordered::new();
+    loop {
+        let count = *wanted.borrow_and_update();
+        while let Some(seat) = (0..count).find(|seat| !seats.contains(seat))
+            && !context.plan.is_drained()
+            && !context.stop.is_cancelled()
+        {
+            seats.insert(seat);
+            let end = start(format!("stream-{seat}"), &context, stream(), seat);
+            streams.push(async move { (seat, end.await) });
+        }
+        tokio::select! {
+            end = streams.next() => match end {
+                Some((seat, result)) => {
+                    seats.remove(&seat);
+                    note(result);
+                }
+                None => break,
+            },
+            // The sender lives as long as the context.
+            _ = wanted.changed() => {}
+        }
+    }
+    context.copied.cancel();
+    if let Some(follower) = follower {
+        note(follower.await);
+    }
+    first_failure.map_or(Ok(()), Err)
+}
+
+/// Starts a stream's thread; the future is its end. The job waits for every stream, unless it has been
+/// dropped with its runtime.
+fn start(
+    name: String,
+    context: &Arc<FetchContext>,
+    work: StreamWork,
+    seat: Seat,
+) -> impl Future<Output = Result<(), Failure>> + use<> {
+    let (sender, receiver) = oneshot::channel();
+    let context = Arc::clone(context);
+    let stop = context.stop.clone();
+    let spawned = std::thread::Builder::new().name(name).spawn(move || {
+        context.progress.streams.add(1);
+        let result = work(&context, seat);
+        context.progress.streams.subtract(1);
+        if result.is_err() {
+            context.stop.cancel();
+        }
+        drop(sender.send(result));
+    });
+    async move {
         if let Err(e) = spawned {
+            stop.cancel();
             return Err(Failure::new(
                 tonic::Code::ResourceExhausted,
                 "NO_THREAD",
                 format!("start a thread for a stream: {e}"),
             ));
         }
-        ends.push(receiver);
+        receiver.await.unwrap_or_else(|_| {
+            stop.cancel();
+            Err(Failure::bug("a stream panicked"))
+        })
     }
-    let mut first_failure = None;
-    for (number, end) in ends.into_iter().enumerate() {
-        if number == count {
-            context.copied.cancel();
-        }
-        let result = end.await.unwrap_or_else(|_| Err(Failure::bug("a stream panicked")));
-        if let Err(failure) = result
-            && (first_failure.is_none() || is_consequence(first_failure.as_ref()))
-        {
-            first_failure = Some(failure);
-        }
-    }
-    first_failure.map_or(Ok(()), Err)
 }
 
 /// Whether a failure only says that another stream has failed.

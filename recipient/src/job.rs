@@ -434,15 +434,15 @@ impl CloneJob {
             copied: CancellationToken::new(),
             reuse: prepared.reuse.clone(),
             gate: Arc::clone(&self.gate),
+            limits: Arc::clone(&self.request.limits),
             donor_timeout: self.settings.donor_timeout,
             stall_timeout: self.settings.stall_timeout,
             stop: self.cancel.child_token(),
         };
         let source = prepared.source.as_ref();
-        let streams = source.streams(self.request.concurrency);
         let grows = !self.growing.growing().is_empty();
         let follower = grows.then(|| source.follower());
-        fetch(Arc::new(context), streams, follower).await
+        fetch(Arc::new(context), &|| source.stream(), follower).await
     }
 
     fn plan(
@@ -451,7 +451,7 @@ impl CloneJob {
         list: &FileList,
         finished: FinishedUnits,
     ) -> Result<FetchPlan, Failure> {
-        let (cut, streams) = (prepared.source.cut(), self.request.concurrency);
+        let (cut, streams) = (prepared.source.cut(), self.request.limits.planned_streams());
         FetchPlan::new(list, &self.growing, cut, streams, finished)
     }
 

@@ -20,6 +20,7 @@ pub mod install_options;
 pub mod job;
 pub mod journal;
 pub mod label;
+pub mod limits;
 pub mod list;
 pub mod metrics;
 pub mod plan;

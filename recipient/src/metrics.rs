@@ -75,6 +75,13 @@ impl Collector for RecipientMetrics {
             let kind = gauge.metric_type();
             gauge.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
         }
+        let throttled = ConstCounter::new(self.clones.throttled().as_secs_f64());
+        throttled.encode(encoder.encode_descriptor(
+            "marcot_throttled",
+            "Time that streams have waited for their clone's limits, all together",
+            Some(&Unit::Seconds),
+            throttled.metric_type(),
+        )?)?;
         let totals = self.clones.byte_totals();
         for (name, help, value) in [
             ("marcot_raw", "Data written to staging", totals.data),

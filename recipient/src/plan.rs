@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use marcot_common::{
@@ -127,6 +130,7 @@ pub enum Cut {
 #[derive(Debug)]
 pub struct FetchPlan {
     state: Mutex<Cutter>,
+    is_drained: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -161,12 +165,22 @@ impl FetchPlan {
             large: None,
             next: None,
         };
-        Ok(Self { state: Mutex::new(cutter) })
+        Ok(Self { state: Mutex::new(cutter), is_drained: AtomicBool::new(false) })
     }
 
     /// The next unit; `None` when all are given out.
     pub fn next(&self) -> Result<Option<Unit>, Failure> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).next()
+        let next = self.state.lock().unwrap_or_else(PoisonError::into_inner).next();
+        if !matches!(next, Ok(Some(_))) {
+            self.is_drained.store(true, Ordering::Relaxed);
+        }
+        next
+    }
+
+    /// Whether all units are given out, as far as anybody has asked.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.is_drained.load(Ordering::Relaxed)
     }
 }
 

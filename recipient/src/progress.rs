@@ -69,6 +69,8 @@ pub struct Progress {
     pub reused_bytes: Counter,
     /// Bytes that were asked for again.
     pub resent_bytes: Counter,
+    /// Nanoseconds that streams have waited for a limit, of all of them together.
+    pub throttled: Counter,
     /// Streams at work.
     pub streams: Counter,
     /// What was tried again.

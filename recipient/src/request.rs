@@ -6,6 +6,7 @@ use std::{
     ops::RangeInclusive,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,8 +20,10 @@ use zeroize::Zeroizing;
 
 use crate::{
     copy_journal::record::{Begun, decode},
+    fetch::compression::Compression,
     install::place::{self, Form, INNER_DIRECTORY},
-    settings::{CONCURRENCY_MAX, Settings},
+    limits::Limits,
+    settings::Settings,
     staging::STAGING_PREFIX,
 };
 
@@ -41,8 +44,8 @@ pub struct CloneRequest {
     pub expected_generation: String,
     /// Who will own the files.
     pub owner: Owner,
-    /// Streams.
-    pub concurrency: usize,
+    /// Bytes per second, and streams.
+    pub limits: Arc<Limits>,
     /// An older copy on this host whose equal blocks are used.
     pub reuse: Option<PathBuf>,
     /// For the donor's engine.
@@ -89,7 +92,7 @@ pub struct DonorRequest {
     /// The one certificate that is accepted.
     pub fingerprint: Option<[u8; 32]>,
     /// zstd's level.
-    pub compression_level: Option<i32>,
+    pub compression: Compression,
 }
 
 impl fmt::Debug for DonorRequest {
@@ -148,7 +151,7 @@ impl CloneRequest {
             password: Zeroizing::new(message.password),
             ssl_mode,
             fingerprint: fingerprint(&message.donor_fingerprint)?,
-            compression_level: compression_level(message.compression)?,
+            compression: compression(message.compression)?,
         };
         let request = Self::build(
             SourceRequest::Donor(donor),
@@ -261,7 +264,6 @@ impl CloneRequest {
             // Without a slash at its end, which would have the system follow a link there.
             Path::new(OsStr::from_bytes(data_directory)).components().collect()
         };
-        refuse_later_options(&options)?;
         let Ok(verification) = pb::Verification::try_from(options.verification) else {
             let text = format!("verification {} is not known", options.verification);
             return Err(Failure::invalid("BAD_VERIFICATION", text));
@@ -290,7 +292,7 @@ impl CloneRequest {
             had_data,
             expected_generation: options.expected_generation.clone(),
             owner: owner(&options)?,
-            concurrency: concurrency(&options, settings)?,
+            limits: Arc::new(Limits::new(&options.limits.unwrap_or_default(), &settings.limits)?),
             snapshot: snapshot_options(&options)?,
             discard_old_data_first: discard(&options, form)?,
             replicate_from: replicate_from(&options, &source, replaces, settings)?,
@@ -424,9 +426,9 @@ fn fingerprint(bytes: &[u8]) -> Result<Option<[u8; 32]>, Failure> {
     })
 }
 
-fn compression_level(compression: Option<pb::Compression>) -> Result<Option<i32>, Failure> {
-    let Some(pb::Compression { level }) = compression else {
-        return Ok(None);
+fn compression(asked: Option<pb::Compression>) -> Result<Compression, Failure> {
+    let Some(pb::Compression { level, automatic }) = asked else {
+        return Ok(Compression::Off);
     };
     if !(-7..=19).contains(&level) {
         return Err(Failure::invalid(
@@ -434,7 +436,8 @@ fn compression_level(compression: Option<pb::Compression>) -> Result<Option<i32>
             format!("compression level is {level}, -7 to 19 are allowed"),
         ));
     }
-    Ok(Some(if level == 0 { 1 } else { level }))
+    let level = if level == 0 { 1 } else { level };
+    Ok(if automatic { Compression::Automatic(level) } else { Compression::On(level) })
 }
 
 fn snapshot_options(options: &pb::CloneOptions) -> Result<SnapshotOptions, Failure> {
@@ -513,30 +516,6 @@ fn reuse(options: &pb::CloneOptions, source: &SourceRequest) -> Result<Option<Pa
         return Err(bad("an absolute path is needed"));
     }
     Ok(Some(path))
-}
-
-fn concurrency(options: &pb::CloneOptions, settings: &Settings) -> Result<usize, Failure> {
-    let Some(asked) = options.limits.as_ref().and_then(|limits| limits.concurrency_max) else {
-        return Ok(settings.concurrency);
-    };
-    let asked = usize::try_from(asked).unwrap_or(usize::MAX);
-    if !(1..=CONCURRENCY_MAX).contains(&asked) {
-        return Err(Failure::invalid(
-            "BAD_LIMIT",
-            format!("concurrency_max is {asked}, 1 to {CONCURRENCY_MAX} are allowed"),
-        ));
-    }
-    Ok(asked)
-}
-
-/// Options that mean something only in a later version: passing over them would be a lie.
-fn refuse_later_options(options: &pb::CloneOptions) -> Result<(), Failure> {
-    let limits = options.limits.unwrap_or_default();
-    let limited = |limit: Option<u64>| limit.is_some_and(|limit| limit != 0);
-    if limited(limits.data_bytes_per_second_max) || limited(limits.network_bytes_per_second_max) {
-        return Err(Failure::unimplemented("a limit of bytes per second"));
-    }
-    Ok(())
 }
 
 fn owner(options: &pb::CloneOptions) -> Result<Owner, Failure> {

@@ -9,6 +9,7 @@ use marcot_common::{
     connection::Privilege,
     donor_list::{DonorEntry, DonorList, DonorMatch},
     login::server::NoKeys,
+    pace::parse_bandwidth,
     server::{Daemon, Problem, Role, ServerOptions},
     shutdown::Shutdown,
     telemetry::metrics::Metrics,
@@ -22,6 +23,7 @@ use crate::{
     certificate::signature::Signer,
     install_options::InstallOptions,
     job::registry::Clones,
+    limits::LimitDefaults,
     metrics::RecipientMetrics,
     retry::{DONOR_TIMEOUT_MAX, STALL_TIMEOUT_MIN},
     settings::{self, CONCURRENCY_MAX},
@@ -117,6 +119,15 @@ pub struct Settings {
     #[arg(long, env = "MARCOT_MAX_CONCURRENCY",
           value_parser = clap::value_parser!(u16).range(1..=CONCURRENCY_MAX as i64))]
     pub max_concurrency: Option<u16>,
+    /// Most data of a clone per second, from 64KiB; 0: no limit (clone_max_data_bandwidth, there in MiB).
+    #[arg(long, value_name = "BYTES", default_value = "0", env = "MARCOT_MAX_DATA_BANDWIDTH",
+          value_parser = parse_bandwidth)]
+    pub max_data_bandwidth: u64,
+    /// Most bytes of a clone on the network per second, from 64KiB; 0: no limit
+    /// (clone_max_network_bandwidth, there in MiB).
+    #[arg(long, value_name = "BYTES", default_value = "0", env = "MARCOT_MAX_NETWORK_BANDWIDTH",
+          value_parser = parse_bandwidth)]
+    pub max_network_bandwidth: u64,
     /// Most files and directories that a donor may list.
     #[arg(long, default_value_t = 50_000_000, env = "MARCOT_ENTRIES_MAX")]
     pub entries_max: u64,
@@ -263,9 +274,13 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
         donor_tls,
         donor_tls_versions: settings.server.tls_min_version,
         engine,
-        concurrency: settings
-            .max_concurrency
-            .map_or_else(settings::default_concurrency, usize::from),
+        limits: LimitDefaults {
+            concurrency: settings
+                .max_concurrency
+                .map_or_else(settings::default_concurrency, usize::from),
+            data: settings.max_data_bandwidth,
+            network: settings.max_network_bandwidth,
+        },
         entries_max: settings.entries_max,
         donor_timeout: settings.donor_timeout,
         stall_timeout: settings.stall_timeout,

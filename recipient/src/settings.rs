@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use marcot_common::{connect::ClientTls, donor_list::DonorList, tls::Versions};
 use marcot_engine::EngineConfig;
 
-use crate::{certificate::signature::Signer, install::place::Form};
+use crate::{certificate::signature::Signer, install::place::Form, limits::LimitDefaults};
 
 /// Streams unless asked otherwise: one for each core, at most this many (the plugin's default of
 /// 16 is for hosts with as many cores).
@@ -29,8 +29,8 @@ pub struct Settings {
     pub donor_tls_versions: Versions,
     /// Engine for CLONE LOCAL; `None` without a data directory.
     pub engine: Option<EngineConfig>,
-    /// Streams of a clone that asks for no number.
-    pub concurrency: usize,
+    /// Limits of a clone that asks for none.
+    pub limits: LimitDefaults,
     /// Most entries that a donor may list.
     pub entries_max: u64,
     /// How long a donor that is gone is waited for, and how long it keeps the snapshot meanwhile

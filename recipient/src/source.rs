@@ -28,8 +28,8 @@ pub trait Source: std::fmt::Debug + Send + Sync {
     /// Reads the list of `position` into `receiver`.
     async fn list(&self, position: Position, receiver: ListReceiver) -> Result<FileList, Failure>;
 
-    /// Work for each of `count` streams.
-    fn streams(&self, count: usize) -> Vec<StreamWork>;
+    /// Work for one of several streams.
+    fn stream(&self) -> StreamWork;
 
     /// Work for a stream that reads what grows.
     fn follower(&self) -> StreamWork;
@@ -107,17 +107,14 @@ impl Source for LocalSource {
         .await
     }
 
-    fn streams(&self, count: usize) -> Vec<StreamWork> {
-        let work = || -> StreamWork {
-            let snapshot = Arc::clone(&self.snapshot);
-            Box::new(move |context| local::copy_units(&snapshot, context))
-        };
-        std::iter::repeat_with(work).take(count).collect()
+    fn stream(&self) -> StreamWork {
+        let snapshot = Arc::clone(&self.snapshot);
+        Box::new(move |context, seat| local::copy_units(&snapshot, context, seat))
     }
 
     fn follower(&self) -> StreamWork {
         let snapshot = Arc::clone(&self.snapshot);
-        Box::new(move |context| local::follow(&snapshot, context))
+        Box::new(move |context, _| local::follow(&snapshot, context))
     }
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {

@@ -229,6 +229,17 @@ impl Staging {
         open().map_err(|e| self.failed("create", path, e))
     }
 
+    /// Opens a staged file, which is there, for writing past the page cache; `None` where the file
+    /// system has no such way.
+    pub fn open_direct(&self, path: &RelativePath) -> Result<Option<File>, Failure> {
+        let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), BENEATH) {
+            Ok(file) => Ok(Some(File::from(file))),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(None),
+            Err(e) => Err(self.failed("open", path, e.into())),
+        }
+    }
+
     fn make_writable(&self, path: &RelativePath) -> io::Result<()> {
         let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let fd = rustix::fs::openat2(&self.root, path.as_path(), flags, Mode::empty(), BENEATH)?;

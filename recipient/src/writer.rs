@@ -3,7 +3,10 @@
 //! Invariants:
 //! * Every byte of every part is written once, in order: whatever else a donor sends is an error.
 //! * At most `SEGMENT_BYTES` of a unit are not yet durable.
+//! * No write is under way when a part is synced, gets its attributes, or is read again.
 //! * When `finish` returns, all of the unit is durable but for what it reports as unfinished.
+
+pub mod direct;
 
 use std::{fs::File, io::IoSlice};
 
@@ -17,10 +20,14 @@ use crate::{
     progress::Progress,
     reuse::{Known, Reuse, punch_hole},
     staging::Staging,
+    writer::direct::DirectWriter,
 };
 
 /// Dirty bytes after which writing back begins: the disk works while the network does.
 const WRITE_BACK_BYTES: u64 = 8 << 20;
+
+/// Least bytes of a part that is written past the page cache: shorter ones are a few writes.
+const DIRECT_BYTES_MIN: u64 = 1 << 20;
 
 /// Most parts of a unit that are made durable one by one; with more, one syncfs is cheaper.
 const SYNCED_SINGLY_MAX: usize = 4;
@@ -93,6 +100,10 @@ pub struct UnitWriter<'a> {
     hashes: bool,
     /// Of each part, what an older copy has given; empty without one.
     known: Vec<Known>,
+    /// What writes large new files, if the stream has it.
+    disk: Option<&'a mut DirectWriter>,
+    /// Whether it writes the present part.
+    is_direct: bool,
 }
 
 impl<'a> UnitWriter<'a> {
@@ -112,7 +123,15 @@ impl<'a> UnitWriter<'a> {
             hasher: None,
             hashes: false,
             known: Vec::new(),
+            disk: None,
+            is_direct: false,
         }
+    }
+
+    /// Writes large new files past the page cache.
+    #[must_use]
+    pub fn with_disk(self, disk: Option<&'a mut DirectWriter>) -> Self {
+        Self { disk, ..self }
     }
 
     /// Hashes what it writes, for the record.
@@ -157,6 +176,12 @@ impl<'a> UnitWriter<'a> {
             self.close(part)?;
         }
         Ok(None)
+    }
+
+    /// Bytes of data that were written so far.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        self.record.data_bytes
     }
 
     /// Index of the part that is next among those that have bytes.
@@ -215,10 +240,50 @@ impl<'a> UnitWriter<'a> {
 
     fn open(&mut self, part: &Part) -> Result<&File, Failure> {
         if self.file.is_none() {
-            self.file = Some(self.staging.open_file(&part.path, part.size)?);
+            let file = self.staging.open_file(&part.path, part.size)?;
+            self.is_direct = self.begin_direct(part, &file)?;
+            self.file = Some(file);
             self.write_back_from = part.offset;
         }
         self.file.as_ref().ok_or_else(|| Failure::bug("no file is open"))
+    }
+
+    /// Whether the part is written past the page cache from here on.
+    fn begin_direct(&mut self, part: &Part, file: &File) -> Result<bool, Failure> {
+        if part.length < DIRECT_BYTES_MIN || self.patches(part) {
+            return Ok(false);
+        }
+        let Some(disk) = &mut self.disk else { return Ok(false) };
+        let Some(direct) = self.staging.open_direct(&part.path)? else { return Ok(false) };
+        let file = file.try_clone().map_err(|e| self.staging.failed("open", &part.path, e))?;
+        disk.begin(direct, file);
+        Ok(true)
+    }
+
+    /// Waits until the kernel has all that was written of the part.
+    fn settle(&mut self, part: &Part) -> Result<(), Failure> {
+        match &mut self.disk {
+            Some(disk) if self.is_direct => {
+                disk.settle().map_err(|e| self.staging.failed("write", &part.path, e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes pieces; returns the offset after them.
+    fn write_pieces(&mut self, pieces: &[Bytes], mut at: u64) -> std::io::Result<u64> {
+        if let (Some(disk), true) = (&mut self.disk, self.is_direct) {
+            for piece in pieces {
+                disk.write(at, piece)?;
+                at += piece.len() as u64;
+            }
+            return Ok(at);
+        }
+        let Some(file) = &self.file else { return Ok(at) };
+        for group in pieces.chunks(SLICES_MAX) {
+            at = write_all_at(file, group, at)?;
+        }
+        Ok(at)
     }
 
     fn advance(&mut self, part: &'a Part, length: u64, data: u64) -> Result<(), Failure> {
@@ -227,12 +292,15 @@ impl<'a> UnitWriter<'a> {
         self.progress.data_bytes.add(data);
         self.record.data_bytes += data;
         let at = part.offset + self.done;
+        if self.dirty_bytes >= SEGMENT_BYTES {
+            self.settle(part)?;
+        }
         if let Some(file) = &self.file {
             if self.dirty_bytes >= SEGMENT_BYTES {
                 sync(file, part)?;
                 self.dirty_bytes = 0;
                 self.write_back_from = at;
-            } else if at - self.write_back_from >= WRITE_BACK_BYTES && data > 0 {
+            } else if at - self.write_back_from >= WRITE_BACK_BYTES && data > 0 && !self.is_direct {
                 marcot_common::os::start_write_back(file, self.write_back_from, at);
                 self.write_back_from = at;
             }
@@ -245,6 +313,8 @@ impl<'a> UnitWriter<'a> {
 
     /// Ends the present part.
     fn close(&mut self, part: &Part) -> Result<(), Failure> {
+        self.settle(part)?;
+        self.is_direct = false;
         if let Some(file) = self.file.take() {
             if let Some(hasher) = self.hasher.take() {
                 // While it is in memory: a block that changes on this disk later is noticed then.
@@ -280,15 +350,12 @@ impl ChunkSink for UnitWriter<'_> {
         pieces: &[Bytes],
     ) -> Result<(), Failure> {
         let part = self.check(file_id, offset, length)?;
-        let mut at = offset;
         let staging = self.staging;
-        let file = self.open(part)?;
-        for group in pieces.chunks(SLICES_MAX) {
-            at = write_all_at(file, group, at).map_err(|e| {
-                let shown = staging.tree().join(part.path.as_path());
-                Failure::io("write", &shown, &e)
-            })?;
-        }
+        self.open(part)?;
+        let at = self.write_pieces(pieces, offset).map_err(|e| {
+            let shown = staging.tree().join(part.path.as_path());
+            Failure::io("write", &shown, &e)
+        })?;
         if at != offset + length {
             return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
         }
@@ -351,6 +418,7 @@ impl ChunkSink for UnitWriter<'_> {
         let present = parts.get(self.index).filter(|part| part.file_id.0 == file_id);
         if let Some(part) = present {
             self.file = None;
+            self.is_direct = false;
             self.hasher = None;
             self.dirty_bytes = 0;
             self.unfinished.push(Unfinished { part: part.clone(), failure });

@@ -42,7 +42,7 @@ async fn a_tree_of_every_kind_arrives_as_it_was() {
         port: donor.port().into(),
         user: "clone".to_owned(),
         data_directory: home.join("zstd").display().to_string().into_bytes().into(),
-        compression: Some(Compression { level: 3 }),
+        compression: Some(Compression { level: 3, automatic: false }),
         ..Default::default()
     };
     let started = client.clone_instance(request).await.unwrap().into_inner().clone.unwrap();

@@ -1,9 +1,9 @@
 //! What can be typed.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use marcot_common::config::parse_duration;
+use marcot_common::{config::parse_duration, pace::parse_bandwidth};
 
 /// Clones a live database's data directory from a donor onto a recipient.
 #[derive(Debug, Parser)]
@@ -68,6 +68,42 @@ pub(super) enum Format {
     Json,
 }
 
+/// How chunks are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CompressionOption {
+    Off,
+    Automatic,
+    Level(i32),
+}
+
+impl FromStr for CompressionOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Automatic),
+            _ => {
+                let level = text.parse().ok().filter(|level| (-7..=19).contains(level));
+                level
+                    .map(Self::Level)
+                    .ok_or_else(|| "give off, auto, or a level from -7 to 19".to_owned())
+            }
+        }
+    }
+}
+
+/// Most bytes per second.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(super) struct Bandwidth {
+    /// Most data per second, as 50MiB, from 64KiB; 0: no limit (clone_max_data_bandwidth).
+    #[arg(long, value_name = "BYTES", value_parser = parse_bandwidth)]
+    pub(super) max_data_bandwidth: Option<u64>,
+    /// Most bytes on the network per second, from 64KiB; 0: no limit (clone_max_network_bandwidth).
+    #[arg(long, value_name = "BYTES", value_parser = parse_bandwidth)]
+    pub(super) max_network_bandwidth: Option<u64>,
+}
+
 /// How much of a copy is checked once more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Verify {
@@ -112,6 +148,18 @@ pub(super) enum Command {
     Pause {
         /// Name or id.
         name: String,
+    },
+    /// Change the limits of a clone that runs; those that are not given stay.
+    Limit {
+        /// Name or id; - is the newest.
+        #[arg(default_value = "-")]
+        name: String,
+        /// Streams, 1 to 128.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+        concurrency: Option<u32>,
+        /// Bytes per second.
+        #[command(flatten)]
+        bandwidth: Bandwidth,
     },
     /// Go on with a clone that is paused, waits for a password, or failed since its donor was away.
     Resume {
@@ -272,10 +320,10 @@ pub(super) struct StartOptions {
     /// SHA-256 fingerprint of the donor's certificate, as the donor prints it at start.
     #[arg(long, value_name = "SHA256")]
     pub(super) donor_fingerprint: Option<String>,
-    /// Compress with zstd at this level, -7 to 19.
-    #[arg(long, value_name = "LEVEL", allow_negative_numbers = true,
-          value_parser = clap::value_parser!(i32).range(-7..=19))]
-    pub(super) compression: Option<i32>,
+    /// Compress with zstd: at a level from -7 to 19, auto: while that is faster than without, or off
+    /// (clone_enable_compression) [default: off].
+    #[arg(long, value_name = "LEVEL", allow_negative_numbers = true)]
+    pub(super) compression: Option<CompressionOption>,
     /// Owner and group of all files, USER:GROUP [default: as the directory they stand in].
     #[arg(long, conflicts_with = "preserve_owners")]
     pub(super) owner: Option<String>,
@@ -285,6 +333,9 @@ pub(super) struct StartOptions {
     /// Streams, 1 to 128 [default: the recipient's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
     pub(super) concurrency: Option<u32>,
+    /// Bytes per second.
+    #[command(flatten)]
+    pub(super) bandwidth: Bandwidth,
     /// An older copy on the recipient's host: only what differs from it comes over the network.
     #[arg(long, value_name = "DIR")]
     pub(super) reuse: Option<PathBuf>,

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use marcot_common::{
     accounts::Account,
     failure::{Failure, Violation},
-    time::system_time,
+    time::{duration_from_wire, system_time},
 };
 use marcot_proto::recipient::v1::{
     Clone, Finding, FindingStatus, InstallStep, Leftover, StageProgress, State,
@@ -97,6 +97,15 @@ pub(super) fn clone(clone: &Clone) -> Value {
         })),
         "certificate_digest": hexadecimal(&clone.certificate_digest),
         "resumes": clone.resumes,
+        "throttled_seconds": clone
+            .throttled_duration
+            .and_then(|duration| duration_from_wire(duration).ok())
+            .map(|duration| duration.as_secs_f64()),
+        "limits": clone.limits.as_ref().map(|limits| json!({
+            "concurrency_max": limits.concurrency_max,
+            "data_bytes_per_second_max": limits.data_bytes_per_second_max,
+            "network_bytes_per_second_max": limits.network_bytes_per_second_max,
+        })),
         "left_out": clone.left_out,
         "trace_id": clone.trace_id,
     })

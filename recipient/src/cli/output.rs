@@ -1,6 +1,13 @@
 //! Results on standard output, as text or JSON; failures on standard error.
 
-use marcot_common::{accounts::Account, failure::Failure, replication, time::system_time};
+use std::time::Duration;
+
+use marcot_common::{
+    accounts::Account,
+    failure::Failure,
+    replication,
+    time::{duration_from_wire, system_time},
+};
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{
@@ -242,6 +249,11 @@ pub(super) fn effort_line(clone: &Clone) -> Option<String> {
     }
     if clone.reused_bytes > 0 {
         parts.push(format!("{} reused", human_bytes(clone.reused_bytes)));
+    }
+    if let Some(throttled) = clone.throttled_duration.and_then(|d| duration_from_wire(d).ok())
+        && throttled >= Duration::from_secs(1)
+    {
+        parts.push(format!("held back by its limits for {} s", throttled.as_secs()));
     }
     if clone.resumes > 0 {
         parts.push(format!("gone on {} times", clone.resumes));

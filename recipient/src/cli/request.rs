@@ -16,7 +16,7 @@ use marcot_proto::recipient::v1::{
 };
 
 use super::{
-    arguments::{DonorOptions, StartCommand, StartOptions, Verify},
+    arguments::{Bandwidth, CompressionOption, DonorOptions, StartCommand, StartOptions, Verify},
     caret, secret,
 };
 
@@ -88,7 +88,7 @@ impl StartOptions {
             statement,
             options: Some(self.options()?),
             donor_fingerprint: self.fingerprint()?,
-            compression: self.compression.map(|level| Compression { level }),
+            compression: self.compression.and_then(CompressionOption::to_wire),
         })
     }
 
@@ -120,10 +120,7 @@ impl StartOptions {
             .into(),
             reuse_directory: self.reuse.as_deref().map(path_bytes).unwrap_or_default(),
             ddl_timeout: self.ddl_timeout.map(duration_to_wire),
-            limits: self.concurrency.map(|concurrency| CloneLimits {
-                concurrency_max: Some(concurrency),
-                ..CloneLimits::default()
-            }),
+            limits: limits(self.concurrency, self.bandwidth),
             discard_old_data_first: self.discard_old_data_first,
             attach_replica: self.replication()?,
         })
@@ -169,7 +166,7 @@ impl DonorOptions {
             data_directory: self.data_directory.as_deref().map(path_bytes).unwrap_or_default(),
             ssl_mode: ssl_mode.into(),
             donor_fingerprint: start.fingerprint()?,
-            compression: start.compression.map(|level| Compression { level }),
+            compression: start.compression.and_then(CompressionOption::to_wire),
             options: Some(start.options()?),
         })
     }
@@ -189,6 +186,26 @@ pub(super) fn host_and_port(text: &str) -> Result<(String, u16), Failure> {
     }
     let port = port.parse().ok().filter(|&port: &u16| port != 0).ok_or_else(bad)?;
     Ok((host.to_owned(), port))
+}
+
+/// Limits that were given; `None` when none was.
+pub(super) fn limits(concurrency: Option<u32>, bandwidth: Bandwidth) -> Option<CloneLimits> {
+    let limits = CloneLimits {
+        concurrency_max: concurrency,
+        data_bytes_per_second_max: bandwidth.max_data_bandwidth,
+        network_bytes_per_second_max: bandwidth.max_network_bandwidth,
+    };
+    (limits != CloneLimits::default()).then_some(limits)
+}
+
+impl CompressionOption {
+    fn to_wire(self) -> Option<Compression> {
+        match self {
+            Self::Off => None,
+            Self::Automatic => Some(Compression { level: 0, automatic: true }),
+            Self::Level(level) => Some(Compression { level, automatic: false }),
+        }
+    }
 }
 
 fn path_bytes(path: &Path) -> Bytes {

@@ -11,10 +11,10 @@ use marcot_common::failure::Failure;
 use marcot_engine::{Content, FileReader, Snapshot};
 use rustix::io::Errno;
 
-use super::{FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, stopped};
+use super::{FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, Seat, stopped};
 use crate::{
     growing::GrowingWriter,
-    plan::{Part, Unit},
+    plan::Part,
     writer::{ChunkSink as _, UnitWriter},
 };
 
@@ -36,10 +36,16 @@ enum Way {
 }
 
 /// Copies units until the plan has no more.
-pub fn copy_units(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<(), Failure> {
+pub fn copy_units(
+    snapshot: &Arc<dyn Snapshot>,
+    context: &FetchContext,
+    seat: Seat,
+) -> Result<(), Failure> {
     let mut way = Way::Reflink;
-    while let Some(unit) = context.plan.next()? {
-        copy_unit(snapshot.as_ref(), context, &unit, &mut way)?;
+    let mut disk = FetchContext::disk();
+    while let Some(unit) = context.next_unit(seat)? {
+        let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
+        copy_unit(snapshot.as_ref(), context, writer.with_disk(disk.as_mut()), &mut way)?;
     }
     Ok(())
 }
@@ -62,6 +68,8 @@ pub fn follow(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<()
                 reader.read_exact_at(&mut buffer, at)?;
                 writer.write(file_id, at, length, &[Bytes::from(buffer)])?;
                 context.progress.verified_bytes.add(length);
+                let stops = || context.stop.is_cancelled();
+                context.limits.pass_blocking(length, &context.progress, stops);
                 at += length;
             }
             writer.finish(&context.growing, context.journal.as_deref())?;
@@ -82,10 +90,9 @@ pub fn follow(snapshot: &Arc<dyn Snapshot>, context: &FetchContext) -> Result<()
 fn copy_unit(
     snapshot: &dyn Snapshot,
     context: &FetchContext,
-    unit: &Unit,
+    mut writer: UnitWriter<'_>,
     way: &mut Way,
 ) -> Result<(), Failure> {
-    let mut writer = UnitWriter::new(&context.staging, &context.progress, unit);
     while let Some((part, _)) = writer.awaited()? {
         if let Err(failure) = copy_part(snapshot, context, part, &mut writer, way) {
             match failure.reason.as_ref() {
@@ -136,6 +143,8 @@ fn copy_part(
         }
         let copied = copy_some(part, reader.as_mut(), offset, span.end, end, writer, way)?;
         context.progress.verified_bytes.add(copied);
+        let stops = || context.stop.is_cancelled();
+        context.limits.pass_blocking(copied, &context.progress, stops);
         offset += copied;
     }
     Ok(())

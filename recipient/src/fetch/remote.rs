@@ -1,6 +1,6 @@
 //! A stream from a donor: its own connection, ReadRanges calls, checked bytes into staging.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use marcot_common::{failure::Failure, telemetry::propagation::inject};
@@ -13,7 +13,8 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::{
-    FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext,
+    FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, Seat,
+    compression::{Chooser, Compression},
     decode::{CheckedChunk, FrameReader, ReadFrame, check_chunk, take_pieces},
     stopped,
 };
@@ -34,24 +35,30 @@ const EMPTY_CALLS_MAX: u32 = 3;
 pub struct ReadOptions {
     /// `snapshots/{id}`.
     pub snapshot: String,
-    /// zstd's level, if chunks may be compressed.
-    pub compression_level: Option<i32>,
+    /// How chunks are compressed.
+    pub compression: Compression,
     /// Whether the donor compares blocks with digests of what is here.
     pub known_blocks: bool,
 }
 
 impl ReadOptions {
-    fn request(&self, context: &FetchContext, ranges: Vec<pb::Range>) -> pb::ReadRangesRequest {
+    /// A request for ranges; `level` of zstd, if chunks may be compressed.
+    fn request(
+        &self,
+        context: &FetchContext,
+        ranges: Vec<pb::Range>,
+        level: Option<i32>,
+    ) -> pb::ReadRangesRequest {
         pb::ReadRangesRequest {
             snapshot: self.snapshot.clone(),
             stage: context.position.stage.to_wire().into(),
             round: context.position.round,
             ranges,
-            codecs: match self.compression_level {
+            codecs: match level {
                 Some(_) => vec![pbc::Codec::None.into(), pbc::Codec::Zstd.into()],
                 None => vec![pbc::Codec::None.into()],
             },
-            compression_level: self.compression_level.unwrap_or(0),
+            compression_level: level.unwrap_or(0),
             known_block_bytes: if self.known_blocks { BLOCK_BYTES } else { 0 },
             ..pb::ReadRangesRequest::default()
         }
@@ -65,13 +72,15 @@ pub async fn follow(
     context: &FetchContext,
 ) -> Result<(), Failure> {
     let mut patience = context.patience();
+    // Redo comes as fast as it is written; what is tried out on files is not tried again here.
+    let level = Chooser::new(options.compression).level();
     loop {
         let is_last = context.copied.is_cancelled();
         let mut bytes = 0;
         for file in context.growing.growing() {
             let (file_id, offset) = (file.file_id.0, file.durable);
             let length = FOLLOW_BYTES;
-            let request = options.request(context, vec![range(file_id, offset, length)]);
+            let request = options.request(context, vec![range(file_id, offset, length)], level);
             let (staging, progress) = (&context.staging, &context.progress);
             let mut writer =
                 GrowingWriter::open(staging, progress, &context.growing, file, length)?;
@@ -104,20 +113,27 @@ pub async fn copy_units(
     link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
+    seat: Seat,
 ) -> Result<(), Failure> {
+    let mut disk = FetchContext::disk();
+    let mut chooser = Chooser::new(options.compression);
     let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) else {
-        while let Some(unit) = context.plan.next()? {
-            copy_unit(link, options, context, &unit, Vec::new()).await?;
+        while let Some(unit) = context.next_unit(seat)? {
+            let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
+            let writer = writer.with_disk(disk.as_mut());
+            copy_unit(link, options, context, &mut chooser, &unit, writer).await?;
         }
         return Ok(());
     };
-    let mut next = hash_next(context, reuse)?;
+    let mut next = hash_next(context, reuse, seat)?;
     while let Some(hashing) = next {
         let hashed = hashing.await;
         let (unit, known) =
             hashed.unwrap_or_else(|e| Err(Failure::bug(format!("hashing stopped: {e}"))))?;
-        next = hash_next(context, reuse)?;
-        copy_unit(link, options, context, &unit, known).await?;
+        next = hash_next(context, reuse, seat)?;
+        let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
+        let writer = writer.with_disk(disk.as_mut()).with_known(known);
+        copy_unit(link, options, context, &mut chooser, &unit, writer).await?;
     }
     Ok(())
 }
@@ -130,8 +146,9 @@ type Hashed = (Unit, Vec<Known>);
 fn hash_next(
     context: &FetchContext,
     reuse: &Arc<Reuse>,
+    seat: Seat,
 ) -> Result<Option<JoinHandle<Result<Hashed, Failure>>>, Failure> {
-    let Some(unit) = context.plan.next()? else { return Ok(None) };
+    let Some(unit) = context.next_unit(seat)? else { return Ok(None) };
     let (staging, reuse) = (Arc::clone(&context.staging), Arc::clone(reuse));
     Ok(Some(tokio::task::spawn_blocking(move || {
         let known = known_of(&staging, &unit, &reuse)?;
@@ -144,13 +161,14 @@ async fn copy_unit(
     link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
+    chooser: &mut Chooser,
     unit: &Unit,
-    known: Vec<Known>,
+    writer: UnitWriter<'_>,
 ) -> Result<(), Failure> {
-    let writer = UnitWriter::new(&context.staging, &context.progress, unit);
-    let mut writer = writer.with_digests(context.journal.is_some()).with_known(known);
+    let mut writer = writer.with_digests(context.journal.is_some());
     let mut patience = context.patience();
     let mut empty_calls = 0;
+    let (begin, level) = (Instant::now(), chooser.level());
     while let Some((part, offset)) = writer.awaited()? {
         let first = writer.index();
         let mut ranges = vec![range(part.file_id.0, offset, part.offset + part.length - offset)];
@@ -162,7 +180,7 @@ async fn copy_unit(
                 ranges.push(pb::Range { known_digests, ..range });
             }
         }
-        let request = options.request(context, ranges);
+        let request = options.request(context, ranges, level);
         let before = (writer.index(), offset);
         let read = read_call(link, &request, context, &mut writer).await;
         let after = writer.awaited()?.map(|(_, offset)| offset);
@@ -184,6 +202,7 @@ async fn copy_unit(
             Err(failure) => pause_after(failure, &mut patience, link, context).await?,
         }
     }
+    chooser.measured(writer.data_bytes(), begin.elapsed());
     context.finish(writer)
 }
 
@@ -241,10 +260,11 @@ async fn read_frames(
         if end.is_some() {
             return Err(Failure::peer_misbehaved("ReadRanges: a frame came after the end"));
         }
+        let mut written = 0;
         match frame {
             ReadFrame::Chunk(header, payload) => {
                 let chunk = check_chunk(header, payload, context.position)?;
-                let written = write_chunk(chunk, writer)?;
+                written = write_chunk(chunk, writer)?;
                 context.progress.verified_bytes.add(written);
                 raw_bytes += written;
             }
@@ -254,7 +274,10 @@ async fn read_frames(
             }
             ReadFrame::End(frame) => end = Some(frame),
         }
-        context.progress.network_bytes.add(frames.take_network_bytes());
+        let received = frames.take_network_bytes();
+        context.progress.network_bytes.add(received);
+        // What is not read waits on the donor: its socket is full by then.
+        context.limits.pass(written, received, &context.progress).await;
     }
     let Some(end) = end else {
         return Err(Failure::peer_misbehaved("ReadRanges: the stream ended without its end frame"));

@@ -107,10 +107,13 @@ pub struct ByteTotals {
     pub data: u64,
     /// Received from donors.
     pub network: u64,
+    /// Nanoseconds that streams have waited for limits.
+    throttled: u64,
 }
 
 impl ByteTotals {
     fn add(&mut self, progress: &Progress) {
+        self.throttled += progress.throttled.get();
         self.data += progress.data_bytes.get();
         self.network += progress.network_bytes.get();
     }
@@ -239,10 +242,7 @@ impl Clones {
             request_id: request.request_id.clone(),
             user: origin.user,
             trace_id: origin.trace_id,
-            limits: Some(pb::CloneLimits {
-                concurrency_max: u32::try_from(request.concurrency).ok(),
-                ..pb::CloneLimits::default()
-            }),
+            limits: Some(request.limits.to_wire()),
             ..pb::Clone::default()
         };
         let status = CloneStatus::new(clone, Arc::clone(&progress));
@@ -438,21 +438,38 @@ impl Clones {
     }
 
     fn set_paused(&self, name: &str, paused: bool) -> Result<pb::Clone, Failure> {
-        let job = running(&self.lock(), name).and_then(|running| running.job.clone());
-        let Some(job) = job else {
-            let clone = self.get(name)?;
-            let state = pb::State::try_from(clone.state).unwrap_or_default().as_str_name();
-            let verb = if paused { "pause" } else { "resume" };
-            return Err(Failure::precondition(
-                "CLONE_ENDED",
-                format!("{} has ended ({state}); there is nothing to {verb}", clone.name),
-            ));
-        };
+        let job = self.running_job(name, if paused { "pause" } else { "resume" })?;
         if job.gate.set_open(!paused) {
             job.status.set_paused(paused);
             info!(clone = %job.id, paused, "clone paused or resumed");
         }
         Ok(job.status.clone_resource())
+    }
+
+    /// Changes the limits of a clone that runs.
+    pub fn update_limits(&self, name: &str, asked: &pb::CloneLimits) -> Result<pb::Clone, Failure> {
+        let job = self.running_job(name, "limit")?;
+        job.request.limits.change(asked)?;
+        job.status.set_limits(job.request.limits.to_wire());
+        let clone = job.status.clone_resource();
+        info!(clone = %job.id, limits = ?clone.limits, "limits changed");
+        Ok(clone)
+    }
+
+    /// The job of a clone that runs; another one has nothing left to `verb`.
+    fn running_job(&self, name: &str, verb: &str) -> Result<Arc<CloneJob>, Failure> {
+        let job = running(&self.lock(), name).and_then(|running| running.job.clone());
+        job.map_or_else(
+            || {
+                let clone = self.get(name)?;
+                let state = pb::State::try_from(clone.state).unwrap_or_default().as_str_name();
+                Err(Failure::precondition(
+                    "CLONE_ENDED",
+                    format!("{} has ended ({state}); there is nothing to {verb}", clone.name),
+                ))
+            },
+            Ok,
+        )
     }
 
     /// The clone that runs.
@@ -465,6 +482,12 @@ impl Clones {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.lock().counts
+    }
+
+    /// Time that streams of all clones have waited for limits since the start.
+    #[must_use]
+    pub fn throttled(&self) -> Duration {
+        Duration::from_nanos(self.byte_totals().throttled)
     }
 
     /// Bytes of all clones since the start.

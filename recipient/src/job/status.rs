@@ -7,7 +7,8 @@ use std::{
 };
 
 use marcot_common::{
-    entry::Totals, failure::Failure, position::Position, time, time::duration_to_wire,
+    chunk::CHUNK_BYTES_MAX, entry::Totals, failure::Failure, position::Position, time,
+    time::duration_to_wire,
 };
 use marcot_engine::Advanced;
 use marcot_proto::{
@@ -239,6 +240,11 @@ impl CloneStatus {
         });
     }
 
+    /// Sets the limits in force.
+    pub fn set_limits(&self, limits: pb::CloneLimits) {
+        self.update(|clone| clone.limits = Some(limits));
+    }
+
     /// Sets where the install stands.
     pub fn set_install(&self, replacement: &Replacement) {
         let install = replacement.to_wire();
@@ -338,6 +344,8 @@ impl CloneStatus {
         clone.resent_bytes = progress.resent_bytes.get();
         clone.retries = u32::try_from(progress.retries.count.get()).unwrap_or(u32::MAX);
         let (last_cause, waits) = progress.retries.told();
+        clone.throttled_duration =
+            Some(duration_to_wire(Duration::from_nanos(progress.throttled.get())));
         clone.eta = None;
         clone.stall_reason.clear();
         if waits {
@@ -359,10 +367,11 @@ impl CloneStatus {
             let left = row.estimate_bytes.saturating_sub(row.data_bytes);
             clone.eta = Some(duration_to_wire(Duration::from_secs(left.div_ceil(data_speed))));
         }
+        let held_back = longest_wait(clone.limits.as_ref());
         let paused = clone.state == i32::from(pb::State::Paused);
         if paused {
             clone.stall_reason = "paused by the user".to_owned();
-        } else if !waits && copies && stalled >= STALL_AFTER {
+        } else if !waits && copies && stalled >= STALL_AFTER.max(held_back) {
             clone.stall_reason = format!("no byte for {} s", stalled.as_secs());
         }
     }
@@ -370,6 +379,13 @@ impl CloneStatus {
     fn lock(&self) -> MutexGuard<'_, Tracked> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How long nothing may move since limits hold it back: two chunks' time.
+fn longest_wait(limits: Option<&pb::CloneLimits>) -> Duration {
+    let rates = limits.map(|l| [l.data_bytes_per_second_max, l.network_bytes_per_second_max]);
+    let least = rates.into_iter().flatten().flatten().filter(|&rate| rate > 0).min();
+    least.map_or(Duration::ZERO, |rate| Duration::from_secs(2 * CHUNK_BYTES_MAX / rate))
 }
 
 fn row(clone: &mut pb::Clone, stage: Stage) -> Option<&mut pb::StageProgress> {

@@ -10,7 +10,7 @@ use marcot_proto::recipient::v1::CloneLocalRequest;
 use tempfile::TempDir;
 
 use super::*;
-use crate::settings::InstallSettings;
+use crate::{limits::LimitDefaults, settings::InstallSettings};
 
 /// A directory with `data`, the recipient's own data directory, in it.
 struct Home {
@@ -30,7 +30,7 @@ impl Home {
             donor_tls: ClientTls::default(),
             donor_tls_versions: Versions::default(),
             engine: None,
-            concurrency: 1,
+            limits: LimitDefaults::default(),
             entries_max: 1,
             donor_timeout: std::time::Duration::ZERO,
             stall_timeout: std::time::Duration::ZERO,

@@ -12,7 +12,7 @@ use marcot_common::{
 use super::*;
 use crate::{
     certificate::{
-        digests::{BLOCK_BYTES, Digest, blocks_of},
+        digests::{BLOCK_BYTES, Digest, blocks_of, zero_digest},
         table::DigestTable,
     },
     copy_journal::{
@@ -134,6 +134,40 @@ fn reused_blocks_are_hashed_when_they_are_compared() {
         copy.flip(block * BLOCK_BYTES + 50);
     }
     assert_eq!(copy.digests(content.len()), digests_of(&content));
+}
+
+/// Guards what is written on another thread: it is in the file when the unit ends, its attributes come
+/// after it, and its digests are right. Without the wait the last buffer is missing.
+#[test]
+fn a_unit_that_is_written_past_the_page_cache_is_whole_when_it_ends() {
+    let copy = Copy::begin();
+    let content = bytes(5 * BLOCK + 12_345);
+    let unit = copy.part(content.len(), 0, false);
+    let mut disk = DirectWriter::start().unwrap();
+    let writer = UnitWriter::new(&copy.staging, &copy.progress, &unit);
+    let mut writer = writer.with_digests(true).with_disk(Some(&mut disk));
+    let hole = 2 * BLOCK..3 * BLOCK;
+    let mut at = 0;
+    while at < content.len() {
+        if at == hole.start {
+            writer.skip_hole(1, at as u64, BLOCK as u64).unwrap();
+            at = hole.end;
+        }
+        let end = (at + 300_000).min(content.len());
+        let end = if at < hole.start { end.min(hole.start) } else { end };
+        let piece = Bytes::copy_from_slice(&content[at..end]);
+        writer.write(1, at as u64, (end - at) as u64, &[piece]).unwrap();
+        at = end;
+    }
+    let (done, unfinished) = writer.finish().unwrap();
+    assert!(unfinished.is_empty());
+    copy.journal.unit_done(&done).unwrap();
+    let mut expected = content;
+    expected[hole].fill(0);
+    assert!(std::fs::read(copy.staging.tree().join("f")).unwrap() == expected);
+    let mut digests = digests_of(&expected);
+    digests[2] = Some(zero_digest());
+    assert_eq!(copy.digests(expected.len()), digests);
 }
 
 /// Guards R8 for redo: what grows is hashed as it comes, over calls that end anywhere, and what is left

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod faults;
+mod limits;
 mod pause;
 mod resume;
 mod reuse;

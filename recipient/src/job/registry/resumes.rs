@@ -98,6 +98,8 @@ impl Clones {
         let clone = self.get(name)?;
         let found = found(&clone).ok_or_else(|| nothing_staged(&clone))??;
         let request = CloneRequest::from_record(&found.begun, secrets, &self.settings)?;
+        // As they were when it stopped.
+        request.limits.change(&clone.limits.unwrap_or_default())?;
         let mut table = self.lock();
         refuse_if_busy(&table)?;
         let progress = Arc::new(Progress::default());
