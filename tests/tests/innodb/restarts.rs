@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use marcot_proto::recipient::v1::{
-    Clone, CloneInstanceRequest, GetCloneRequest, State, VerifyCloneRequest,
-    recipient_service_client::RecipientServiceClient,
+    Clone, CloneInstanceRequest, CloneLimits, CloneOptions, GetCloneRequest, State,
+    VerifyCloneRequest, recipient_service_client::RecipientServiceClient,
 };
 use marcot_tests::{
     Proxy, Recipient,
@@ -37,10 +37,13 @@ async fn begin_frozen_by(live: &mut Live, port: u16) -> (RecipientServiceClient<
     live.recipient.0.kill();
     live.recipient = Recipient::start(live.home.path(), &["--donor-timeout", "60s"]);
     let mut client = recipient(&live.recipient).await;
+    // Slow enough that it is at the first files when it is frozen, however late that is.
+    let limits = CloneLimits { data_bytes_per_second_max: Some(16 << 20), ..Default::default() };
     let request = CloneInstanceRequest {
         host: "127.0.0.1".to_owned(),
         port: port.into(),
         user: "clone".to_owned(),
+        options: Some(CloneOptions { limits: Some(limits), ..Default::default() }),
         data_directory: live.path("clone").display().to_string().into_bytes().into(),
         ..Default::default()
     };
