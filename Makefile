@@ -14,7 +14,8 @@ help:
 	@echo "make lint                   fmt, clippy, docs, cargo-deny, buf"
 	@echo "make compare [PLANT=1]      clone a tree of every kind of entry three ways and compare"
 	@echo "make clients                drive both services by grpcio and grpcurl"
-	@echo "make bench BENCH=files      rates and CPU beside rsync and cp; BENCH=memory: peak RSS"
+	@echo "make bench [JSON=FILE]      rates, CPU and memory beside peers and targets; BENCH=name for one:"
+	@echo "                            memory-to-memory, durable, small-files, local, live, memory"
 	@echo "make bench BENCH=mariadb    clones of a live server beside mariadb-backup, end to end"
 	@echo "make bench BENCH=cuts       how long commits are blocked, CUTS=200 times"
 	@echo "make bench BENCH=delta      a changed database onto an older copy, beside rsync"
@@ -51,7 +52,7 @@ clients:
 	@tests/tools/setup.sh test
 	@tests/tools/clients.sh
 
-BENCH ?= files
+BENCH ?= all
 bench:
 	@tests/tools/bench.sh $(BENCH)
 

@@ -1,33 +1,12 @@
-#!/usr/bin/env python3
-"""Measures clones beside other copiers on this machine. `make bench` runs it.
+"""What benches share: a pair of daemons, rsync's daemon, timed commands, files to copy."""
 
-    bench.py files  --bin DIR --work DIR --tls DIR     rates and CPU beside rsync and cp
-    bench.py memory --bin DIR --work DIR --tls DIR     peak memory; fails above the bounds
 
-files: BENCH_BYTES (default 4G) in four files, half noise and half text, copied to another
-directory of the same file system by Marcot in plaintext, Marcot over TLS, `rsync -W` from a daemon
-on loopback, and cp. ROUNDS (default 3) rounds; each runs all four, beginning with another one.
-  What is timed: the whole command, from the start of its process until the copy is durable. Marcot
-  syncs before it reports success; rsync runs with --fsync; cp is followed by sync -f.
-  Daemons run throughout: donor and recipient, rsync's daemon.
-  Cache: the source is read once before, so it comes from memory where it fits (BENCH_COLD=1, root
-  only: caches are dropped before each run). The target does not exist; all earlier writes are synced.
-  CPU: user and system time of both sides, children too. The kernel's own write-back is nobody's.
-  Each copy is compared with its source, byte by byte, after its time is taken.
-
-memory: one sparse file of 1 TiB and MEMORY_FILES (default 200000) small ones, over TLS. Peak
-resident memory of the donor is at most 64 MiB, of the recipient at most 96 MiB.
-"""
-
-import argparse
 import json
 import os
 import pathlib
 import random
 import shutil
-import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -40,6 +19,7 @@ STOP_SECONDS = 30
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 TOOLS = pathlib.Path(__file__).resolve().parent
 PASSWORD = "measured-twice"
+CERTIFICATE = ".marcot-certificate"
 
 
 def size_of(text):
@@ -102,7 +82,7 @@ class Daemon:
 class Pair:
     """A donor of one directory and a recipient, on free ports."""
 
-    def __init__(self, options, source, engine=()):
+    def __init__(self, options, source, engine=(), recipient=()):
         work, tls = options.work, options.tls
         self.marcot = options.bin / "marcot"
         accounts = work / "accounts"
@@ -128,7 +108,7 @@ class Pair:
                 "recipient",
                 [options.bin / "marcot-recipient", "--state-directory", work / "state"]
                 + ["--listen", "127.0.0.1:0", "--allow-directory", work / "copies"]
-                + ["--ssl-ca", tls / "ca.pem", "--donor-list", "127.0.0.1:*"],
+                + ["--ssl-ca", tls / "ca.pem", "--donor-list", "127.0.0.1:*", *recipient],
             )
         except BaseException:
             self.stop()
@@ -241,9 +221,9 @@ def measure(name, command, then, daemons, size):
 
 
 def same(source, copy):
-    """Whether a copy has the names and bytes of its source."""
+    """Whether a copy has the names and bytes of its source, and no more than a certificate."""
     names = sorted(entry.name for entry in source.iterdir())
-    if names != sorted(entry.name for entry in copy.iterdir()):
+    if names != sorted(entry.name for entry in copy.iterdir() if entry.name != CERTIFICATE):
         return False
     pairs = ((source / name, copy / name) for name in names)
     return all(subprocess.run(["cmp", a, b], stdout=sys.stderr).returncode == 0 for a, b in pairs)
@@ -254,63 +234,6 @@ def prepare(copy):
     os.sync()
     if os.environ.get("BENCH_COLD") == "1":
         pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-def bench_files(options):
-    size = size_of(os.environ.get("BENCH_BYTES", "4G"))
-    rounds = int(os.environ.get("ROUNDS", "3"))
-    source, copies = options.work / "source", options.work / "copies"
-    copies.mkdir()
-    make_files(source, size)
-    pair = Pair(options, source)
-    try:
-        rsync = RsyncDaemon(options, source)
-        pair.daemons.append(rsync.daemon)
-        both = [pair.donor, pair.recipient]
-        copy = copies / "copy"
-        contenders = [
-            ("marcot plain", pair.command(copy, "NO SSL"), None, both),
-            ("marcot TLS", pair.command(copy, "SSL"), None, both),
-            ("rsync -W", rsync.command(copy), None, [rsync.daemon]),
-            ("cp", ["cp", "-a", "--reflink=never", source, copy], ["sync", "-f", copies], []),
-        ]
-        same(source, source)  # brings the source into memory
-        results = []
-        for number in range(rounds):
-            turn = number % len(contenders)
-            for contender in contenders[turn:] + contenders[:turn]:
-                prepare(copy)
-                result = measure(*contender, size) | {"round": number + 1}
-                if not same(source, copy):
-                    sys.exit(f"bench: {result['name']} made a copy that differs")
-                print(json.dumps(result), file=sys.stderr, flush=True)
-                results.append(result)
-    finally:
-        pair.stop()
-    print_table(contenders, results, size, rounds)
-
-
-def print_table(contenders, results, size, rounds):
-    cache = "cold" if os.environ.get("BENCH_COLD") == "1" else "warm where it fits in memory"
-    print(f"{size / GIB:g} GiB, {rounds} rounds, source {cache}; median (least to most)")
-    print(f"{'':14}{'MiB/s':>26}{'CPU-s/GiB':>22}{'peak MiB':>26}{'vs rsync':>10}{'vs cp':>8}")
-    rates = {}
-    for name, *_ in contenders:
-        rates[name] = statistics.median(column(results, name, "mib_per_second"))
-    for name, *_ in contenders:
-        rate = column(results, name, "mib_per_second")
-        cpu = column(results, name, "cpu_seconds_per_gib")
-        peaks = [result["peak_bytes"] for result in results if result["name"] == name]
-        peak = " ".join(
-            f"{part} {max(one[part] for one in peaks) / MIB:.0f}" for part in sorted(peaks[0])
-        )
-        beside = f"{rates[name] / rates['rsync -W']:>10.2f}{rates[name] / rates['cp']:>8.2f}"
-        print(
-            f"{name:14}"
-            f"{f'{rates[name]:.0f} ({min(rate):.0f} to {max(rate):.0f})':>26}"
-            f"{f'{statistics.median(cpu):.2f} ({min(cpu):.2f} to {max(cpu):.2f})':>22}"
-            f"{peak or 'not taken':>26}{beside}"
-        )
 
 
 def column(results, name, key):
@@ -331,10 +254,11 @@ def make_many(directory, files):
         (parent / f"table_{number:06}.ibd").write_bytes(b"%06d" % number * (1 + number % 200))
 
 
-def bench_memory(options):
+def measure_memory(options):
+    """Peaks of donor and recipient, each with its bound; seconds; files."""
     files = int(os.environ.get("MEMORY_FILES", "200000"))
     source, copies = options.work / "source", options.work / "copies"
-    copies.mkdir()
+    copies.mkdir(exist_ok=True)
     make_many(source, files)
     os.sync()
     pair = Pair(options, source)
@@ -348,29 +272,4 @@ def bench_memory(options):
     command = [sys.executable, TOOLS / "compare.py", "--left-out", source, copy]
     if subprocess.run(command).returncode != 0:
         sys.exit("bench: the copy differs")
-    print(f"1 TiB sparse file and {files} small files in {seconds:.1f} s, over TLS")
-    above = False
-    for name, peak, bound in peaks:
-        verdict = "at most" if peak <= bound else "ABOVE"
-        print(f"{name}: peak {peak / MIB:.1f} MiB, {verdict} {bound // MIB} MiB")
-        above |= peak > bound
-    if above:
-        sys.exit("bench: peak memory is above its bound")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bench", choices=["files", "memory"])
-    for name in ("--bin", "--work", "--tls"):
-        parser.add_argument(name, type=lambda text: pathlib.Path(text).resolve(), required=True)
-    options = parser.parse_args()
-    # SIGTERM ends the daemons as well: by way of `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    (options.work / "state").mkdir()
-    {"files": bench_files, "memory": bench_memory}[options.bench](options)
-
-
-if __name__ == "__main__":
-    main()
+    return peaks, seconds, files

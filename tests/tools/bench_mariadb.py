@@ -177,7 +177,7 @@ class Bench:
         self.work, self.sockets = options.work, sockets
         self.rows = size_of(os.environ.get("BYTES", "1G")) // ROW_BYTES
         self.data, self.copies = self.work / "data", self.work / "copies"
-        self.copies.mkdir()
+        self.copies.mkdir(exist_ok=True)
         install(self.work, self.data)
         self.server = Server(self.work, sockets, self.data, 1)
         self.running = [self.server]
@@ -292,18 +292,8 @@ def print_table(contenders, results, rounds):
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("--bin", "--work", "--tls"):
-        parser.add_argument(name, type=lambda text: pathlib.Path(text).resolve(), required=True)
-    options = parser.parse_args()
-    # SIGTERM ends the daemons as well: by way of `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["PATH"] += ":/usr/sbin"
-    (options.work / "state").mkdir()
-    rounds = int(os.environ.get("ROUNDS", "3"))
+def compare(options, rounds):
+    """All contenders in turn; their names and results."""
     # A socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory() as sockets:
         bench = Bench(options, pathlib.Path(sockets))
@@ -318,6 +308,22 @@ def main():
                     results.append(result)
         finally:
             bench.stop()
+    return contenders, results
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("--bin", "--work", "--tls"):
+        parser.add_argument(name, type=lambda text: pathlib.Path(text).resolve(), required=True)
+    options = parser.parse_args()
+    # SIGTERM ends the daemons as well: by way of `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ["PATH"] += ":/usr/sbin"
+    (options.work / "state").mkdir()
+    rounds = int(os.environ.get("ROUNDS", "3"))
+    contenders, results = compare(options, rounds)
     print_table(contenders, results, rounds)
 
 
