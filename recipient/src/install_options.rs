@@ -48,7 +48,8 @@ pub struct InstallOptions {
     /// (--database-socket): all schemas are there, one row of each table is read].
     #[arg(long, value_name = "COMMAND", env = "MARCOT_HEALTH_COMMAND")]
     pub health_command: Option<String>,
-    /// Longest clean stop of the server for an install, and longest life of a command.
+    /// Longest clean stop of the server for an install, and longest life of a command. supervise: one
+    /// that is still starting is given as long before it is stopped.
     #[arg(long, value_name = "DURATION", default_value = "10min", env = "MARCOT_STOP_TIMEOUT",
           value_parser = parse_duration)]
     pub stop_timeout: Duration,

@@ -52,6 +52,11 @@ pub trait ServerControl: Send + Sync + std::fmt::Debug {
     /// Stops the server cleanly and keeps it stopped until `start`. Idempotent. Returns when no
     /// process of it is left.
     async fn stop(&self) -> Result<(), Failure>;
+    /// As `stop`, for a server on a clone that is given up: nothing that it has written is wanted, so
+    /// it may be killed.
+    async fn give_up(&self) -> Result<(), Failure> {
+        self.stop().await
+    }
     /// Starts the server. Returns when the process runs.
     async fn start(&self, first: FirstStart) -> Result<(), Failure>;
     /// Waits until the server answers and its health query passes; an error has the server's own

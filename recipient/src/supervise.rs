@@ -6,13 +6,15 @@
 //!                         `-- ends by itself --> waiting (back-off) --> running, or the end
 //! ```
 //! One task owns the child (`actor`); everything else sends it requests. The child has a process
-//! group of its own, so that a signal reaches the server behind an entrypoint script as well.
+//! group of its own, so that a signal reaches the server behind an entrypoint script as well. One that
+//! is still starting is waited for before it gets SIGTERM (`starting`).
 
 mod actor;
 mod back_off;
 pub mod children;
 mod output;
 pub mod reaper;
+mod starting;
 
 use std::{
     ffi::OsString,
@@ -29,7 +31,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process_group};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::output::Output;
-use self::{actor::Actor, back_off::RestartPolicy};
+use self::{actor::Actor, back_off::RestartPolicy, starting::Phase};
 use crate::{
     install::locks::server_on,
     server_control::{FirstStart, Health, ServerControl, health::HealthCheck},
@@ -51,6 +53,10 @@ const REQUESTS_MAX: usize = 8;
 
 /// Between two looks at them.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
+
+/// From SIGTERM to SIGKILL for a server that was still starting, or is on a clone that is given up. It
+/// has served nobody, or nothing of it is wanted: its end takes moments, or never comes.
+const UNSERVED_STOP_MAX: Duration = Duration::from_secs(20);
 
 /// What becomes of a server that ends by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -102,8 +108,8 @@ pub enum Status {
 enum Request {
     Start(FirstStart, oneshot::Sender<Result<(), Failure>>),
     Stop(oneshot::Sender<()>),
-    /// As `Stop`, and nothing is started any more.
-    End(oneshot::Sender<()>),
+    /// Nothing is started any more: this process ends.
+    Close,
     Signal(Signal),
     SetMode(FirstStart),
 }
@@ -155,8 +161,16 @@ impl Supervisor {
     ///
     /// A script may end before the server that it has started: that is waited for as well.
     pub async fn end(&self, grace: Duration) -> u8 {
+        drop(self.requests.send(Request::Close).await);
         let ended = async {
-            self.ask(Request::End).await;
+            // The other half is for its end. One that says nothing of its start is not waited for.
+            let starts = async {
+                if matches!(self.phase().await, Phase::Starting | Phase::Ready) {
+                    self.wait_until_started(grace / 2).await;
+                }
+            };
+            drop(tokio::time::timeout(grace / 2, starts).await);
+            self.ask(Request::Stop).await;
             while self.is_somebody_left() {
                 tokio::time::sleep(LOOK_PAUSE).await;
             }
@@ -166,20 +180,63 @@ impl Supervisor {
                 grace_seconds = grace.as_secs(),
                 "the server has not ended, it is killed"
             );
-            self.signal(Signal::KILL).await;
-            self.ask(Request::End).await;
-            // One that has left the group, and whose parent has ended.
-            if let Some(pid) = server_on(&self.options.data_directory).and_then(Pid::from_raw)
-                && children::is_child_of_this_process(pid)
-            {
-                // It may have ended by itself meanwhile.
-                kill_process(pid, Signal::KILL).ok();
-            }
+            self.kill().await;
         }
         match *self.status.borrow() {
             Status::Ended(code) | Status::Stopped(code) => code,
             Status::Running(_) | Status::Waiting => 1,
         }
+    }
+
+    /// Kills the server, also one that has left the group and whose parent has ended.
+    async fn kill(&self) {
+        self.signal(Signal::KILL).await;
+        self.ask(Request::Stop).await;
+        if let Some(pid) = server_on(&self.options.data_directory).and_then(Pid::from_raw)
+            && children::is_child_of_this_process(pid)
+        {
+            // It may have ended by itself meanwhile.
+            kill_process(pid, Signal::KILL).ok();
+        }
+    }
+
+    /// SIGTERM, until no process of the server is left.
+    async fn stop_within(&self, limit: Duration) -> Result<(), Failure> {
+        let too_long = |what: &str| {
+            Failure::precondition(
+                "SERVER_RUNNING",
+                format!("{what} {} s after it was asked to stop (--stop-timeout)", limit.as_secs()),
+            )
+        };
+        let begun = Instant::now();
+        tokio::time::timeout(limit, self.ask(Request::Stop))
+            .await
+            .map_err(|_| too_long("the server still runs"))?;
+        // A script in between may have ended before the server.
+        while let Some(pid) = server_on(&self.options.data_directory) {
+            if begun.elapsed() >= limit {
+                return Err(too_long(&format!("process {pid} still holds the server's locks")));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// As `stop_within`, for a server that may be killed.
+    async fn stop_or_kill(&self, why: &str) -> Result<(), Failure> {
+        let limit = self.options.stop_timeout;
+        let first = UNSERVED_STOP_MAX.min(limit);
+        if self.stop_within(first).await.is_ok() {
+            return Ok(());
+        }
+        tracing::warn!(
+            seconds = first.as_secs(),
+            why,
+            "the server has not ended after SIGTERM, it is killed"
+        );
+        // Only a process that waits for a dead disk outlives that.
+        drop(tokio::time::timeout(limit, self.kill()).await);
+        self.stop_within(limit).await
     }
 
     /// Whether a process of the server is left: one of its group, or who holds its locks.
@@ -238,24 +295,16 @@ impl Supervisor {
 impl ServerControl for Supervisor {
     async fn stop(&self) -> Result<(), Failure> {
         let limit = self.options.stop_timeout;
-        let too_long = |what: &str| {
-            Failure::precondition(
-                "SERVER_RUNNING",
-                format!("{what} {} s after it was asked to stop (--stop-timeout)", limit.as_secs()),
-            )
-        };
-        let begun = Instant::now();
-        tokio::time::timeout(limit, self.ask(Request::Stop))
-            .await
-            .map_err(|_| too_long("the server still runs"))?;
-        // A script in between may have ended before the server.
-        while let Some(pid) = server_on(&self.options.data_directory) {
-            if begun.elapsed() >= limit {
-                return Err(too_long(&format!("process {pid} still holds the server's locks")));
-            }
-            tokio::time::sleep(LOOK_PAUSE).await;
+        match self.wait_until_started(limit).await {
+            // InnoDB and Aria recover from a kill at any moment, MyISAM and the like have not been
+            // written to by a server that has taken no connection, and SIGTERM may have made it hang.
+            Phase::Starting => self.stop_or_kill("it was still starting").await,
+            Phase::Over | Phase::Ready | Phase::Unseen => self.stop_within(limit).await,
         }
-        Ok(())
+    }
+
+    async fn give_up(&self) -> Result<(), Failure> {
+        self.stop_or_kill("its clone is given up").await
     }
 
     async fn start(&self, first: FirstStart) -> Result<(), Failure> {

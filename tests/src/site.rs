@@ -4,6 +4,7 @@ use std::{
     os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use marcot_proto::recipient::v1::{
@@ -109,6 +110,12 @@ impl Site {
         self.start(options, &[])
     }
 
+    /// As `supervise_stopped`, where another command runs the server.
+    #[must_use]
+    pub fn supervise_command(&self, options: &[&str], command: &[String]) -> Recipient {
+        self.start_command(options, command, &[])
+    }
+
     /// A recipient that is to refuse to run, with another state directory: its exit code, and what it
     /// has said.
     #[must_use]
@@ -122,10 +129,19 @@ impl Site {
     }
 
     fn start(&self, options: &[&str], environment: &[(&str, &str)]) -> Recipient {
+        self.start_command(options, &self.command(), environment)
+    }
+
+    fn start_command(
+        &self,
+        options: &[&str],
+        command: &[String],
+        environment: &[(&str, &str)],
+    ) -> Recipient {
         let arguments = self.arguments(&self.state);
         let all: Vec<&str> =
             arguments.iter().map(String::as_str).chain(options.iter().copied()).collect();
-        Recipient::supervise(self.home.path(), &all, &self.command(), environment)
+        Recipient::supervise(self.home.path(), &all, command, environment)
     }
 
     fn arguments(&self, state: &Path) -> Vec<String> {
@@ -155,6 +171,18 @@ impl Site {
     /// Waits until the server answers.
     pub fn wait_for_server(&self) {
         wait_for("the server to answer", || mariadb::ask(&self.socket, "SELECT 1").ok());
+    }
+
+    /// As `wait_for_server`; an error when it does not answer within `limit`.
+    pub fn wait_for_server_within(&self, limit: Duration) -> Result<(), String> {
+        let begun = Instant::now();
+        while let Err(why) = mariadb::ask(&self.socket, "SELECT 1") {
+            if begun.elapsed() >= limit {
+                return Err(format!("the server does not answer: {why}"));
+            }
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     /// Asks the server.

@@ -29,6 +29,8 @@ pub struct Installer {
     pub health_limit: Duration,
     /// Cancelled when this process ends: the server ends with it, and nothing is concluded from that.
     pub leaving: CancellationToken,
+    /// Told before the server is stopped for the clone.
+    pub tell_stop: Box<dyn Fn() + Send + Sync>,
     /// Told after every step.
     pub tell: Box<dyn Fn(&Replacement) + Send + Sync>,
 }
@@ -44,8 +46,10 @@ impl Installer {
     pub async fn install(&self) -> Result<(), Failure> {
         // What would not do afterwards is not worth a stop.
         self.with(|replacement| replacement.claim()).await?;
-        self.check_leaving()?;
-        if let Err(failure) = self.control.stop().await {
+        (self.tell_stop)();
+        // One that is still starting is waited for: as long as this process stays.
+        let stopped = self.leaving.run_until_cancelled(self.control.stop()).await;
+        if let Err(failure) = stopped.ok_or_else(leaves)? {
             // It may be on its way down all the same.
             return Err(self.start_again(failure).await);
         }
@@ -143,7 +147,7 @@ impl Installer {
     /// says so.
     async fn roll_back(&self, failure: Failure) -> Failure {
         warn!(error = %failure, "the server is not healthy on the clone: the old data come back");
-        if let Err(stop) = self.control.stop().await {
+        if let Err(stop) = self.control.give_up().await {
             return unfinished(failure, &stop);
         }
         match self.bring_back(failure).await {

@@ -148,18 +148,16 @@ pub fn installer(
     replacement: Arc<Replacement>,
     leaving: CancellationToken,
 ) -> Installer {
-    let status = Arc::clone(status);
+    let (status, stops) = (Arc::clone(status), Arc::clone(status));
     Installer {
         replacement,
         control: Arc::clone(control),
         health_limit: settings.install.recovery_timeout,
         leaving,
+        tell_stop: Box::new(move || stops.begin_stage(pbc::Stage::Restart)),
         tell: Box::new(move |replacement| {
             status.set_install(replacement);
             match replacement.step() {
-                Step::Stopped | Step::Exchanging | Step::SettingAside | Step::PuttingIn => {
-                    status.begin_stage(pbc::Stage::Restart);
-                }
                 Step::Started => status.begin_stage(pbc::Stage::Recovery),
                 Step::Healthy | Step::Opened => status.end_stages(),
                 _ => {}

@@ -24,6 +24,9 @@ const COMMAND_MAX: Duration = Duration::from_secs(60);
 /// Longest wait for the health of a server that answers: what is wrong then stays wrong.
 const ANSWERING_MAX: Duration = Duration::from_secs(30);
 
+/// Longest wait for a sign of life of a server on this host, or for a command that looks for one.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
 /// What is asked.
 #[derive(Debug, Clone)]
 pub struct HealthCheck {
@@ -84,12 +87,23 @@ impl HealthCheck {
         }
     }
 
+    /// Whether the server takes part in anything yet; `None` when nobody can tell.
+    pub async fn answers(&self) -> Option<bool> {
+        if self.database.socket.is_some() || self.database.url.is_some() {
+            let database = self.database.clone();
+            let answer = blocking(move || health::answers(&database, ANSWER_MAX)).await;
+            // Whoever refuses a log-in has come up.
+            return Some(answer.as_ref().err().is_none_or(is_answer));
+        }
+        let command = self.command.as_ref()?;
+        // One that fails may have its reasons.
+        run_command(command, ANSWER_MAX, |_| {}).await.ok().map(|()| true)
+    }
+
     /// Whether it was the server that gave the failure. A command that fails says nothing of that:
     /// its server may still recover.
     fn is_answer(&self, failure: &Failure) -> bool {
-        self.command.is_none()
-            && failure.reason != "DATABASE_UNREACHABLE"
-            && failure.reason != "DATABASE_LOST"
+        self.command.is_none() && is_answer(failure)
     }
 
     async fn ask(&self) -> Result<Health, Failure> {
@@ -109,6 +123,10 @@ impl HealthCheck {
         })
         .await
     }
+}
+
+fn is_answer(failure: &Failure) -> bool {
+    failure.reason != "DATABASE_UNREACHABLE" && failure.reason != "DATABASE_LOST"
 }
 
 /// Schemas that have a directory, those with names that are written as they are.

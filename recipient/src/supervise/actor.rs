@@ -108,9 +108,11 @@ impl Actor {
                 drop(done.send(result));
             }
             Request::Stop(done) => self.stop(done),
-            Request::End(done) => {
+            Request::Close => {
                 self.is_ending = true;
-                self.stop(done);
+                if self.restart.take().is_some() {
+                    self.set(Status::Stopped(self.last_code));
+                }
             }
             Request::Signal(signal) => self.signal(signal),
             Request::SetMode(first) => {
@@ -201,7 +203,7 @@ impl Actor {
         self.last_code = code;
         let ran = running.since.elapsed();
         info!(pid = running.pid, code, ran_seconds = ran.as_secs(), "the server has ended");
-        if !self.stopping.is_empty() {
+        if self.is_ending || !self.stopping.is_empty() {
             self.set_stopped(code);
             return;
         }

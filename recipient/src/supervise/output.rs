@@ -22,6 +22,38 @@ const ERROR_LINES_MAX: usize = 5;
 /// Bytes at the end of an error log that are looked at.
 const LOG_BYTES_MAX: u64 = 64 << 10;
 
+/// Bytes of an error log, from where a start began, that are looked at for how that went: a recovery
+/// says some hundred lines.
+const START_BYTES_MAX: u64 = 1 << 20;
+
+/// How a server stands, by its own log. MariaDB and MySQL use the same words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Logged {
+    /// It has said nothing of it, or that it has ended.
+    #[default]
+    Nothing,
+    /// It starts.
+    Starting,
+    /// It takes connections.
+    Ready,
+}
+
+impl Logged {
+    /// What is known after one more line.
+    fn after(self, line: &str) -> Self {
+        if line.contains("Starting MariaDB") || line.contains("starting as process") {
+            Self::Starting
+        } else if line.contains("ready for connections") && !line.contains("X Plugin") {
+            Self::Ready
+        } else if line.contains("Shutdown complete") {
+            // A server that an entrypoint script has run to set things up.
+            Self::Nothing
+        } else {
+            self
+        }
+    }
+}
+
 /// The server's last words.
 #[derive(Debug)]
 pub struct Output {
@@ -35,6 +67,7 @@ struct State {
     partial: Vec<u8>,
     /// Where the error log ended when the server was started.
     log_begin: u64,
+    logged: Logged,
 }
 
 impl Output {
@@ -65,6 +98,7 @@ impl Output {
             if byte == b'\n' {
                 let line = String::from_utf8_lossy(&state.partial).into_owned();
                 state.partial.clear();
+                state.logged = state.logged.after(&line);
                 if state.lines.len() == LINES_MAX {
                     state.lines.pop_front();
                 }
@@ -75,12 +109,31 @@ impl Output {
         }
     }
 
+    /// How the server stands, by its own log.
+    pub(super) fn logged(&self) -> Logged {
+        let (begin, said) = {
+            let state = self.lock();
+            (state.log_begin, state.logged)
+        };
+        let lines = self.read_log(|end| if begin > end { 0 } else { begin }, START_BYTES_MAX);
+        match lines.iter().fold(Logged::Nothing, |logged, line| logged.after(line)) {
+            Logged::Nothing => said,
+            logged => logged,
+        }
+    }
+
     /// The last lines that the server has marked as errors; without any, its last line.
     #[must_use]
     pub fn error_lines(&self) -> Vec<String> {
         let state = self.lock();
         let mut lines: Vec<String> = state.lines.iter().cloned().collect();
-        lines.extend(self.read_log(state.log_begin));
+        let begin = state.log_begin;
+        // A log that is shorter than it was has been rotated.
+        let tail = |end: u64| {
+            let begin = if begin > end { 0 } else { begin };
+            begin.max(end.saturating_sub(LOG_BYTES_MAX))
+        };
+        lines.extend(self.read_log(tail, LOG_BYTES_MAX));
         drop(state);
         let errors: Vec<String> =
             lines.iter().filter(|line| line.contains("[ERROR]")).cloned().collect();
@@ -90,18 +143,17 @@ impl Output {
         told.into_iter().skip(skipped).collect()
     }
 
-    fn read_log(&self, begin: u64) -> Vec<String> {
+    /// Lines of the error log, from where `begin` says for a log that ends there.
+    fn read_log(&self, begin: impl Fn(u64) -> u64, bytes_max: u64) -> Vec<String> {
         let read = || -> std::io::Result<String> {
             let Some(path) = &self.error_log else {
                 return Ok(String::new());
             };
             let mut file = File::open(path)?;
             let end = file.metadata()?.len();
-            // A log that is shorter than it was has been rotated.
-            let begin = if begin > end { 0 } else { begin };
-            file.seek(SeekFrom::Start(begin.max(end.saturating_sub(LOG_BYTES_MAX))))?;
+            file.seek(SeekFrom::Start(begin(end)))?;
             let mut text = Vec::new();
-            file.take(LOG_BYTES_MAX).read_to_end(&mut text)?;
+            file.take(bytes_max).read_to_end(&mut text)?;
             Ok(String::from_utf8_lossy(&text).into_owned())
         };
         read().unwrap_or_default().lines().map(str::to_owned).collect()
@@ -135,15 +187,50 @@ mod tests {
         assert!(output.error_lines().is_empty());
     }
 
+    /// Guards who is waited for: lines of MariaDB 10.11 and 11.8, of MySQL 9.7, and of an entrypoint that
+    /// runs a server first to set things up.
+    #[test]
+    fn a_start_is_followed_by_the_servers_own_words() {
+        let output = Output::new(None);
+        output.begin();
+        assert_eq!(output.logged(), Logged::Nothing);
+        for (line, logged) in [
+            ("0 [Note] Starting MariaDB 10.11.18-MariaDB source revision 19 as process 7", 1),
+            ("0 [Note] InnoDB: Starting crash recovery from checkpoint LSN=1", 1),
+            ("0 [Note] mariadbd: ready for connections.", 2),
+            ("0 [Note] mariadbd: Shutdown complete", 0),
+            ("0 [Note] mariadbd (server 11.8.2-MariaDB) starting as process 9 ...", 1),
+            (
+                "0 [System] [MY-010116] [Server] /usr/sbin/mysqld (mysqld 9.7.0) starting as process 1",
+                1,
+            ),
+            (
+                "0 [System] [MY-011323] [Server] X Plugin ready for connections. Bind-address: '::'",
+                1,
+            ),
+            ("0 [System] [MY-010931] [Server] mysqld: ready for connections. Version: '9.7.0'", 2),
+            ("9 [Warning] Aborted connection 7", 2),
+        ] {
+            output.keep(format!("{line}\n").as_bytes());
+            let expected = [Logged::Nothing, Logged::Starting, Logged::Ready][logged];
+            assert_eq!(output.logged(), expected, "{line}");
+        }
+        output.begin();
+        assert_eq!(output.logged(), Logged::Nothing);
+    }
+
     #[test]
     fn a_log_file_is_read_from_where_the_start_began() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("error.log");
-        std::fs::write(&path, "[ERROR] an old one\n").unwrap();
+        std::fs::write(&path, "[ERROR] an old one\nit was ready for connections\n").unwrap();
         let output = Output::new(Some(path.clone()));
         output.begin();
         let mut file = File::options().append(true).open(&path).unwrap();
-        file.write_all(b"[Note] x\n[ERROR] the new one\n").unwrap();
+        file.write_all(b"[Note] x starting as process 1\n[ERROR] the new one\n").unwrap();
         assert_eq!(output.error_lines(), ["[ERROR] the new one"]);
+        assert_eq!(output.logged(), Logged::Starting);
+        file.write_all(b"[Note] x: ready for connections.\n").unwrap();
+        assert_eq!(output.logged(), Logged::Ready);
     }
 }

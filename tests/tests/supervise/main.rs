@@ -1,5 +1,8 @@
 //! `marcot-recipient supervise`: signals, ends, orphans, with real processes.
 
+mod entrypoint;
+mod starting;
+
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},

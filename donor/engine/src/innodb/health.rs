@@ -1,7 +1,7 @@
 //! Whether a server that has just started on a data directory is whole: it answers, all schemas are
 //! there, and the first row of every table can be read.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use marcot_common::failure::Failure;
 
@@ -27,10 +27,10 @@ pub struct ServerHealth {
     pub tables_read: u64,
 }
 
-/// Whether the server answers at all.
-pub fn answers(config: &DatabaseConfig) -> Result<(), Failure> {
-    let mut session = Server::new(config)?.connect()?;
-    session.execute("SELECT 1").map_err(|e| e.failure("ask the server"))
+/// Whether the server answers at all, within `answer_max`. A MariaDB that starts, or hangs, may take
+/// connections and greet nobody.
+pub fn answers(config: &DatabaseConfig, answer_max: Duration) -> Result<(), Failure> {
+    Server::new(config)?.connect_for(answer_max).map(drop)
 }
 
 /// Reads the first row of every table of the server on a data directory. `schemas` are names that
