@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use marcot_common::failure::Failure;
-use marcot_engine::{EngineConfig, innodb::health};
+use marcot_engine::{
+    EngineConfig,
+    innodb::health::{self, Replaceable},
+};
 
 use super::Findings;
 use crate::{
@@ -34,7 +37,7 @@ pub(super) async fn check(
             return;
         }
     };
-    findings.add(CHECK, not_galera(server.is_galera));
+    findings.add(CHECK, in_no_cluster(&server));
     let ignored = server.ignored_directories.iter().any(|name| name == INNER_DIRECTORY);
     if form == Form::Move && !ignored {
         findings.warning(
@@ -57,14 +60,22 @@ pub(super) async fn check(
     }
 }
 
-fn not_galera(is_galera: bool) -> Result<String, Failure> {
-    if !is_galera {
+fn in_no_cluster(server: &Replaceable) -> Result<String, Failure> {
+    let (reason, what) = if server.is_galera {
+        ("GALERA", "on a node of a Galera cluster (wsrep_on=ON), which has its own state transfer")
+    } else if server.is_in_group {
+        (
+            "GROUP_REPLICATION",
+            "while Group Replication is running, which has its own distributed recovery",
+        )
+    } else {
         return Ok("the server can be asked, and is no node of a cluster".to_owned());
-    }
+    };
     Err(Failure::precondition(
-        "GALERA",
-        "the clone operation cannot be executed on a node of a Galera cluster (wsrep_on=ON), which \
-         has its own state transfer; take the node out of the cluster first",
+        reason,
+        format!(
+            "the clone operation cannot be executed {what}; take the server out of the cluster first"
+        ),
     )
     .mysql(3875))
 }

@@ -5,6 +5,7 @@
 //! them too.
 
 mod faults;
+mod install;
 mod matrix;
 mod refusals;
 mod replicas;

@@ -98,6 +98,8 @@ fn unhealthy(why: String) -> Failure {
 pub struct Replaceable {
     /// Whether it is a node of a Galera cluster.
     pub is_galera: bool,
+    /// Whether it is a member of a group (Group Replication), or is joining one.
+    pub is_in_group: bool,
     /// Directories that it does not take for schemas (ignore_db_dirs).
     pub ignored_directories: Vec<String>,
     /// Where its binary log is, when it writes one.
@@ -110,20 +112,29 @@ pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> 
     let rows = session
         .rows(
             "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
-             ('wsrep_on', 'ignore_db_dirs', 'log_bin_basename')",
+             ('wsrep_on', 'group_replication_group_name', 'ignore_db_dirs', 'log_bin_basename')",
         )
         .map_err(|e| e.failure("ask the server"))?;
     let mut found = Replaceable::default();
+    let mut has_group_plugin = false;
     for row in &rows {
         let value = row.text(1);
         match row.text(0).as_str() {
             "wsrep_on" => found.is_galera = value.eq_ignore_ascii_case("ON"),
+            "group_replication_group_name" => has_group_plugin = true,
             "ignore_db_dirs" => {
                 found.ignored_directories = value.split(',').map(str::to_owned).collect();
             }
             "log_bin_basename" if !value.is_empty() => found.binlog_basename = Some(value),
             _ => {}
         }
+    }
+    if has_group_plugin {
+        let members = texts(
+            &mut session,
+            "SELECT MEMBER_STATE FROM performance_schema.replication_group_members",
+        )?;
+        found.is_in_group = members.iter().any(|state| !state.is_empty() && state != "OFFLINE");
     }
     Ok(found)
 }
