@@ -1,6 +1,9 @@
 //! A clone replaces a real server's own data, keeps the old ones, and gives them back.
 
+mod crashes;
 mod faults;
+mod guards;
+mod hooks;
 mod interrupted;
 mod kept;
 mod paths;

@@ -1,4 +1,4 @@
-//! The other two ways to a server that is stopped and started: a person, and commands.
+//! A server that a person stops and starts, and what a clone finds in the place of data.
 
 use marcot_common::in_use::InUse;
 use marcot_proto::recipient::v1::{
@@ -8,11 +8,10 @@ use marcot_proto::recipient::v1::{
 use marcot_tests::{
     Recipient,
     client::wait_for_end,
-    mariadb::{self, MariaDb},
+    mariadb::MariaDb,
     recipient,
     site::{Site, copy_tree},
     volume::{Mounted, run},
-    wait_for,
 };
 
 /// A recipient that can neither stop nor start the server.
@@ -109,69 +108,6 @@ async fn what_cannot_be_carried_over_or_replaced_is_told_before_the_copy() {
     assert!(refused.message().contains("is mounted in"), "{refused}");
     drop(mounted);
     assert_eq!(site.mark(), "old");
-}
-
-/// Guards the hooks: their order, what they are told, and that their failure changes nothing.
-#[tokio::test(flavor = "multi_thread")]
-async fn commands_stop_and_start_the_server() {
-    let site = Site::new();
-    let server = MariaDb::start_with(site.home.path(), &site.data, &site.options);
-    let socket = server.socket().display().to_string();
-    let line = mariadb::command_line(&site.data, &site.options, server.socket());
-    let quoted: Vec<String> = line.iter().map(|word| format!("'{word}'")).collect();
-    let told = site.path("told");
-    // As a service manager would: the closed start has its own arguments.
-    let start = format!(
-        "echo $MARCOT_START >> {told}; [ \"$MARCOT_START\" = first ] && closed=--skip-networking; \
-         [ \"$MARCOT_START\" = opened ] && late='sleep 2'; \
-         ($late; exec {} $closed) > {log} 2>&1 &",
-        quoted.join(" "),
-        told = told.display(),
-        log = site.path("hook.log").display(),
-    );
-    // What `mariadb-admin shutdown` does.
-    let stop = format!(
-        "mariadb --no-defaults --user=root --socket={socket} --execute=SHUTDOWN; \
-         [ ! -e {} ]",
-        site.path("stop-fails").display()
-    );
-    let data = site.data.display().to_string();
-    let options = [
-        "--data-directory",
-        &data,
-        "--database-socket",
-        &socket,
-        "--database-user",
-        "root",
-        "--stop-command",
-        &stop,
-        "--start-command",
-        &start,
-        "--stop-timeout",
-        "20s",
-    ];
-    let at = Recipient::start(site.home.path(), &options);
-    let (mut client, clone) = site.replace(&at).await;
-    assert_eq!(clone.state(), State::Completed, "{clone:?}");
-    assert_eq!(std::fs::read_to_string(&told).unwrap(), "first\nopened\n");
-    // The start command has ended long before the server answers; the clone has not.
-    let ask = |sql: &str| mariadb::ask(server.socket(), sql);
-    assert_eq!(ask("SELECT mark FROM app.mark").unwrap(), "new\n");
-    client.accept_clone(AcceptCloneRequest { name: clone.name }).await.expect("accepted");
-    // A stop that fails leaves the server running on its data.
-    std::fs::write(site.path("stop-fails"), "").unwrap();
-    for discard_old_data_first in [false, true] {
-        let options = CloneOptions { discard_old_data_first, ..Default::default() };
-        let clone = site.begin(&mut client, options).await.expect("accepted");
-        let clone = wait_for_end(&mut client, &clone.name).await;
-        assert_eq!(clone.state(), State::Failed, "{clone:?}");
-        assert_eq!(clone.error.unwrap().reason, "HOOK_FAILED");
-        wait_for("the server to answer", || ask("SELECT 1").ok());
-        assert_eq!(ask("SELECT mark FROM app.mark").unwrap(), "new\n");
-    }
-    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
-    drop(ask("SHUTDOWN"));
-    wait_for("the server to end", || site.server_pid().is_none().then_some(()));
 }
 
 /// Guards `expected_generation` and `request_id`: neither a second clone nor another's data is
