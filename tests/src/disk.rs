@@ -4,10 +4,39 @@ use std::path::{Path, PathBuf};
 
 use crate::volume::{run, unmount};
 
-/// An ext4 file system in an image on a file system that shares blocks, so that a copy of the image
-/// at one moment is what a disk holds after a power cut at that moment.
+/// What is on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// Whatever is synced takes all names and attributes from before it along.
+    Ext4,
+    /// What is synced comes alone: nothing else is durable by it.
+    Btrfs,
+}
+
+impl FileSystem {
+    /// By its name.
+    #[must_use]
+    pub fn of(name: &str) -> Self {
+        match name {
+            "ext4" => Self::Ext4,
+            "btrfs" => Self::Btrfs,
+            other => panic!("FILE_SYSTEM is '{other}', ext4 and btrfs are there"),
+        }
+    }
+
+    fn mkfs(self) -> &'static [&'static str] {
+        match self {
+            Self::Ext4 => &["mkfs.ext4", "-q", "-F"],
+            Self::Btrfs => &["mkfs.btrfs", "-q", "-f"],
+        }
+    }
+}
+
+/// A file system in an image on a file system that shares blocks, so that a copy of the image at one
+/// moment is what a disk holds after a power cut at that moment.
 #[derive(Debug)]
 pub struct Disk {
+    file_system: FileSystem,
     shared: PathBuf,
     /// The file system's image.
     pub image: PathBuf,
@@ -19,10 +48,16 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk of `size`, as truncate takes it, not yet formatted; `backing` bytes hold it and its
+    /// An ext4 disk of `size`, as truncate takes it, not yet formatted; `backing` bytes hold it and its
     /// copies.
     #[must_use]
     pub fn new(home: &Path, size: &str, backing_size: &str) -> Self {
+        Self::with(home, FileSystem::Ext4, size, backing_size)
+    }
+
+    /// As `new`, with another file system.
+    #[must_use]
+    pub fn with(home: &Path, file_system: FileSystem, size: &str, backing_size: &str) -> Self {
         let (backing, shared) = (home.join("backing.xfs"), home.join("shared"));
         let mount_point = home.join("volume");
         for directory in [&shared, &mount_point] {
@@ -32,7 +67,8 @@ impl Disk {
         run("mkfs.xfs", &["-q", "-f", "-m", "reflink=1", text(&backing)]);
         run("mount", &["-o", "loop", text(&backing), text(&shared)]);
         let (image, after) = (shared.join("now.img"), shared.join("after.img"));
-        Self { shared, image, after, mount_point, size: size.to_owned() }
+        let size = size.to_owned();
+        Self { file_system, shared, image, after, mount_point, size }
     }
 
     /// Makes an empty file system, not mounted.
@@ -41,7 +77,8 @@ impl Disk {
         drop(std::fs::remove_file(&self.image));
         drop(std::fs::remove_file(&self.after));
         run("truncate", &["-s", &self.size, text(&self.image)]);
-        run("mkfs.ext4", &["-q", "-F", text(&self.image)]);
+        let mkfs = self.file_system.mkfs();
+        run(mkfs[0], &[&mkfs[1..], &[text(&self.image)]].concat());
     }
 
     /// Mounts an image.

@@ -3,7 +3,8 @@
 # tests/src/bin/marcot-crash-matrix.rs for the settings. Mounts file systems in images: needs root.
 #
 #   SABOTAGE=verify|journal-create|journal-append|generation|identity|exchange|move|all-syncs
-#                 a recipient that leaves this sync out: power cuts find it
+#                 a recipient that leaves this sync out: power cuts find it. Their disk has btrfs then
+#                 (FILE_SYSTEM): on ext4 each later sync makes good most of what was left out
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,6 +18,7 @@ if [[ -z $MARCOT_SABOTAGE ]]; then
   cargo build --locked --quiet --workspace --bins
   exec "$target/debug/marcot-crash-matrix"
 fi
+export ENDS=${ENDS:-cut} FILE_SYSTEM=${FILE_SYSTEM:-btrfs}
 # As in soak.sh: moved out of the way of the right ones, which are built again.
 mkdir -p "$target/sabotage-install"
 trap 'cargo build --locked --quiet --workspace --bins' EXIT

@@ -39,6 +39,7 @@ missing_packages() {
   command -v setfacl >/dev/null || echo acl
   command -v getfattr >/dev/null || echo attr
   command -v mkfs.xfs >/dev/null || [[ -x /usr/sbin/mkfs.xfs ]] || echo xfsprogs
+  command -v mkfs.btrfs >/dev/null || [[ -x /usr/sbin/mkfs.btrfs ]] || echo btrfs-progs
   command -v mkfs.ext4 >/dev/null || [[ -x /usr/sbin/mkfs.ext4 ]] || echo e2fsprogs
   command -v openssl >/dev/null || echo openssl
   command -v c++ >/dev/null || echo g++

@@ -1,31 +1,20 @@
-//! Kills a recipient that replaces a real server's data after every step of the install and at
-//! random moments, and cuts its power, and looks at what stands there after the next start.
-//!
-//! `make crash-matrix` runs it. Settings come by the environment: KILLS (at random moments, in each
-//! form), CUTS (of power, at random moments, in each form), SEED, FORMS, STEPS (names to look at).
-//!
-//! A kill is right when the server starts on one tree, all of it old or all of it new, as the rule of
-//! its step says; every table is checked. A kill at a random moment counts when a clone or an install
-//! ran; at least half of those must fall between an install's first and last step, and both trees must
-//! come of them, in each form. The last line of standard output is `right K/K`.
-
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a program of the tests")]
+//! Where kills happen, and how.
 
 use std::{
-    collections::BTreeMap,
+    any::Any,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
-    process::ExitCode,
     time::{Duration, Instant},
 };
 
+use futures::FutureExt as _;
 use marcot_proto::recipient::v1::{
     AcceptCloneRequest, Clone, CloneOptions, GetCloneRequest, InstallStep, RollbackCloneRequest,
     State, recipient_service_client::RecipientServiceClient,
 };
 use marcot_tests::{
     Recipient,
-    bench::number,
-    disk::Disk,
+    disk::{Disk, FileSystem},
     killer::Blow,
     random::Random,
     recipient,
@@ -34,175 +23,29 @@ use marcot_tests::{
 };
 use tonic::transport::Channel;
 
+use crate::{
+    AFTER, End, Moment, of,
+    outcomes::{BEFORE, Outcomes},
+    standing,
+};
+
 /// Rest at every step when the moment is random, so that most kills fall between two of them.
 const STEP_PAUSE_MS: &str = "150";
 
-/// So many kills at random moments must show both trees.
-const MANY: u64 = 10;
+/// Longest start of the server after that: its recovery takes a second.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
-/// Bytes of the file system whose power is cut.
-const VOLUME_BYTES: &str = "300M";
-
-/// Steps on the way to a clone that is open, by form, and what stands after a kill there.
-const INSTALL: [(&str, &[(&str, &str)]); 2] = [
-    (
-        "exchange",
-        &[
-            ("staged", "new"),
-            ("stopped", "old"),
-            ("exchanging", "old"),
-            ("in_place", "new"),
-            ("started", "new"),
-            ("healthy", "new"),
-            ("opened", "new"),
-        ],
-    ),
-    (
-        "move",
-        &[
-            ("staged", "new"),
-            ("stopped", "old"),
-            ("setting_aside", "old"),
-            ("putting_in", "old"),
-            ("in_place", "new"),
-            ("started", "new"),
-            ("healthy", "new"),
-            ("opened", "new"),
-        ],
-    ),
-];
-
-/// Steps after that, each with the call that leads there.
-const AFTER: [(&str, &[(&str, &str)]); 2] = [
-    ("exchange", &[("accepted", "new"), ("exchanging_back", "old"), ("rolled_back", "old")]),
-    (
-        "move",
-        &[
-            ("accepted", "new"),
-            ("taking_out", "old"),
-            ("putting_back", "old"),
-            ("rolled_back", "old"),
-        ],
-    ),
-];
-
-/// How the recipient ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// It and its server are killed.
-    Kill,
-    /// It is killed; its server is left to itself.
-    KillAlone,
-    /// The machine loses power.
-    PowerCut,
-}
-
-/// When it ends.
-#[derive(Debug, Clone, Copy)]
-enum Moment {
-    /// When this step is in the journal.
-    Step(&'static str),
-    /// So long after the clone was accepted.
-    After(Duration),
-}
-
-#[derive(Default)]
-struct Outcomes {
-    right: u64,
-    all: u64,
-    /// At random moments, by how and form: all, and those between an install's first and last step.
-    random: BTreeMap<(String, String), (u64, u64)>,
-    /// By how it was ended, form and last step: old, new.
-    table: BTreeMap<(String, String, String), (u64, u64)>,
-}
-
-#[tokio::main]
-async fn main() -> ExitCode {
-    let seed = number("SEED", u64::from(std::process::id()));
-    println!("SEED={seed}");
-    let mut random = Random(seed);
-    let mut outcomes = Outcomes::default();
-    let wanted = std::env::var("STEPS").unwrap_or_default();
-    let is_wanted = |step: &str| wanted.is_empty() || wanted.split(',').any(|name| name == step);
-    let forms = std::env::var("FORMS").unwrap_or_else(|_| "exchange,move".to_owned());
-    for end in [End::Kill, End::PowerCut] {
-        for form in ["exchange", "move"].into_iter().filter(|form| forms.contains(form)) {
-            let ground = Ground::new(form, end == End::PowerCut);
-            let steps = of(&INSTALL, form).iter().chain(of(&AFTER, form));
-            for &(step, expected) in steps.filter(|(step, _)| is_wanted(step)) {
-                let moment = Moment::Step(step);
-                ground.run(&mut outcomes, end, moment, Some(expected), &mut random).await;
-            }
-            let (name, whole) = match end {
-                End::PowerCut => ("CUTS", Duration::from_millis(4500)),
-                _ => ("KILLS", Duration::from_millis(3500)),
-            };
-            let (mut counted, mut tried) = (0, 0);
-            let count = number(name, 0);
-            while counted < count && tried < count * 2 {
-                tried += 1;
-                let moment = Moment::After(whole.mul_f64(random.fraction()));
-                let end = match end {
-                    End::Kill if random.fraction() < 0.5 => End::KillAlone,
-                    end => end,
-                };
-                if ground.run(&mut outcomes, end, moment, None, &mut random).await {
-                    counted += 1;
-                }
-            }
-        }
+/// Bytes of the file system whose power is cut, and of what holds it and its copy.
+fn sizes(file_system: FileSystem) -> (&'static str, &'static str) {
+    match file_system {
+        FileSystem::Ext4 => ("300M", "1500M"),
+        // It has two copies of its metadata, and sets room aside in large pieces.
+        FileSystem::Btrfs => ("1G", "3G"),
     }
-    println!("end  form  last step  old  new");
-    let mut between = BTreeMap::<(String, String), (u64, u64)>::new();
-    for ((end, form, step), (old, new)) in &outcomes.table {
-        println!("{end:<10} {form:<9} {step:<16} {old:>4} {new:>4}");
-        let sums = between.entry((end.clone(), form.clone())).or_default();
-        sums.0 += old;
-        sums.1 += new;
-    }
-    for ((end, form), (old, new)) in between {
-        println!("{end:<10} {form:<9} {:<16} {old:>4} {new:>4}", "all");
-    }
-    let is_spread = outcomes.spread();
-    println!("right {}/{}", outcomes.right, outcomes.all);
-    if outcomes.right == outcomes.all && outcomes.all > 0 && is_spread {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
-}
-
-impl Outcomes {
-    /// Whether random moments were where they had to be.
-    fn spread(&self) -> bool {
-        let mut is_spread = true;
-        for ((how, form), (all, between)) in &self.random {
-            println!("{how:<10} {form:<9} at random: {between} of {all} between two steps");
-            let (mut old, mut new) = (0, 0);
-            for ((end, of, _), counts) in &self.table {
-                if of == form && (end == how || (how == "Kill" && end == "KillAlone")) {
-                    old += counts.0;
-                    new += counts.1;
-                }
-            }
-            if between * 2 < *all || (*all >= MANY && (old == 0 || new == 0)) {
-                println!("TOO FEW {how} {form}: {between} of {all} between, {old} old, {new} new");
-                is_spread = false;
-            }
-        }
-        is_spread
-    }
-}
-
-fn of(
-    table: &[(&'static str, &'static [(&'static str, &'static str)])],
-    form: &str,
-) -> &'static [(&'static str, &'static str)] {
-    table.iter().find(|(name, _)| *name == form).map(|(_, steps)| *steps).unwrap()
 }
 
 /// Where all runs of one form happen: made once, and set back before each.
-struct Ground {
+pub(crate) struct Ground {
     form: &'static str,
     site: Site,
     /// The old data, to set back from.
@@ -211,11 +54,15 @@ struct Ground {
 }
 
 impl Ground {
-    fn new(form: &'static str, on_volume: bool) -> Self {
-        let mut site = Site::new();
+    pub(crate) fn new(form: &'static str, file_system: Option<FileSystem>) -> Self {
+        let mut site = Site::with_donor_changed_by(standing::prepare_donor);
+        standing::prepare_old(&site.data);
         let saved = site.path("saved");
         copy_tree(&site.data, &saved);
-        let volume = on_volume.then(|| Disk::new(site.home.path(), VOLUME_BYTES, "1500M"));
+        let volume = file_system.map(|file_system| {
+            let (size, backing_size) = sizes(file_system);
+            Disk::with(site.home.path(), file_system, size, backing_size)
+        });
         if let Some(volume) = &volume {
             // In form `move` the data directory is the mount point itself.
             // The history lies beside it where there is room.
@@ -255,7 +102,7 @@ impl Ground {
     }
 
     /// One run; tells whether it counts.
-    async fn run(
+    pub(crate) async fn run(
         &self,
         outcomes: &mut Outcomes,
         end: End,
@@ -295,30 +142,19 @@ impl Ground {
         self.end(end, &mut recipient_1);
         drop(recipient_1);
         let steps = steps_in(&log);
-        let last = steps.last().cloned().unwrap_or_else(|| "before".to_owned());
+        let last = steps.last().map_or(BEFORE, String::as_str);
         drop(std::fs::remove_file(&hold));
-        let verdict = self.look(&clone.name, &log).await;
-        let key = (format!("{end:?}"), self.form.to_owned(), last.clone());
+        // A recipient or a server that does not come up is what this is about, and no end of it.
+        let verdict = AssertUnwindSafe(self.look(&clone.name, &log)).catch_unwind().await;
+        let verdict = verdict.unwrap_or_else(|panic| Err(said(&*panic)));
         if expected.is_none() {
             if !runs {
                 // There was nothing to kill.
                 return false;
             }
-            let how = if end == End::PowerCut { "PowerCut" } else { "Kill" };
-            let sums = outcomes.random.entry((how.to_owned(), self.form.to_owned())).or_default();
-            sums.0 += 1;
-            sums.1 += u64::from(!steps.is_empty());
+            outcomes.at_random(end, self.form, !steps.is_empty());
         }
-        outcomes.all += 1;
-        match verdict {
-            Ok(mark) if expected.is_none_or(|expected| expected == mark) => {
-                outcomes.right += 1;
-                let cell = outcomes.table.entry(key).or_default();
-                if mark == "old" { cell.0 += 1 } else { cell.1 += 1 }
-            }
-            Ok(mark) => println!("WRONG {key:?}: {mark}, expected {expected:?}"),
-            Err(why) => println!("WRONG {key:?}: {why}"),
-        }
+        outcomes.take(end, self.form, last, expected, verdict);
         true
     }
 
@@ -388,18 +224,17 @@ impl Ground {
 
     /// Starts again, and says which tree stands, or what is wrong.
     async fn look(&self, name: &str, log: &str) -> Result<String, String> {
-        let mut recipient_2 = self.start(&[]);
+        let mut recipient_2 = self.site.supervise_stopped(&["--install-form", self.form]);
         let mut client = recipient(&recipient_2).await;
         let clone = settled(&mut client, name).await?;
-        self.site.wait_for_server();
+        self.site.wait_for_server_within(ANSWER_MAX)?;
         let mark = self.site.mark();
         let damaged = self.site.damaged_tables();
         if !damaged.is_empty() {
             return Err(damaged);
         }
-        if mark != "old" && mark != "new" {
-            return Err(mark);
-        }
+        let id = name.rsplit('/').next().unwrap_or_default();
+        standing::check(&self.site, &self.saved, &mark, id)?;
         if let Some(clone) = &clone {
             let state = clone.state();
             let agrees = match mark.as_str() {
@@ -448,6 +283,13 @@ async fn settled(
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// What a panic has said.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("it stopped").lines().next().unwrap_or_default().to_owned()
 }
 
 fn step_of(clone: &Option<Clone>) -> Option<InstallStep> {
