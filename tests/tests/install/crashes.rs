@@ -85,7 +85,7 @@ async fn a_clone_that_the_servers_configuration_does_not_fit_is_rolled_back_by_i
 
 fn row(clone: &Clone, stage: Stage) -> StageProgress {
     let row = clone.stages.iter().find(|row| row.stage() == stage);
-    row.cloned().unwrap_or_else(|| panic!("no row {stage:?} in {clone:?}"))
+    row.copied().unwrap_or_else(|| panic!("no row {stage:?} in {clone:?}"))
 }
 
 /// Guards what is shown of the two stages that are the server's: RESTART from its stop on, RECOVERY from

@@ -108,7 +108,7 @@ async fn a_directory_that_may_not_be_written_is_named_and_undone() {
     let parent = site.path("parent");
     std::fs::create_dir(&parent).expect("writable");
     let data = parent.join("own");
-    std::fs::rename(&site.data, &data).expect("on one file system");
+    rustix::fs::rename(&site.data, &data).expect("on one file system");
     site.data = data;
     let set = |mode| {
         let mode = std::fs::Permissions::from_mode(mode);

@@ -1,4 +1,7 @@
 //! Servers that are to stop while they start. A MariaDB that gets SIGTERM then may hang for ever.
+//!
+//! A recipient that sends SIGTERM at once failed the stories of the waiting, of the killing and of the
+//! script.
 
 use std::{
     path::PathBuf,
