@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.tools/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help demo test lint compare clients bench descriptor \
-	soak crash-matrix faults fuzz test-mysql deploy-test audit
+	soak crash-matrix faults fuzz test-mysql deploy-test audit sbom
 
 help:
 	@echo "make demo                   clone a sample directory over TLS, and check the copy"
@@ -27,6 +27,8 @@ help:
 	@echo "                            kill and power-cut installs after every step and at random"
 	@echo "make faults N=200 [SEED=x]  break something in each of N clones of a live MariaDB"
 	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"
+	@echo "make audit                  look the dependencies up among the published advisories"
+	@echo "make sbom                   bill of materials of what ships (CycloneDX), checked"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
 ENGINE ?= files
@@ -79,6 +81,14 @@ faults:
 test-mysql:
 	@tests/tools/test_mysql.sh
 
-deploy-test audit:
+# Ends with an error also where it could not run.
+audit:
+	@tests/tools/setup.sh lint
+	@tests/tools/audit.sh
+
+sbom:
+	@python3 tests/tools/sbom.py "$${CARGO_TARGET_DIR:-target}/sbom/marcot.cdx.json"
+
+deploy-test:
 	@echo "make $@: not available yet" >&2
 	@exit 1

@@ -11,6 +11,8 @@ use marcot_proto::common::v1 as pb;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::rights;
+
 /// The ErrorInfo domain of all of Marcot's reasons.
 pub const DOMAIN: &str = "marcot.dev";
 
@@ -90,7 +92,11 @@ impl Failure {
             Some(libc::EMFILE | libc::ENFILE) => (Code::ResourceExhausted, "TOO_MANY_OPEN_FILES"),
             _ => (Code::Internal, "IO_ERROR"),
         };
-        Self::new(code, reason, format!("{action} {}: {error}", path.display()))
+        let text = format!("{action} {}: {error}", path.display());
+        if reason == "FILE_ACCESS_DENIED" && path.is_absolute() {
+            return Self::new(code, reason, format!("{text}: {}", rights::describe(path)));
+        }
+        Self::new(code, reason, text)
     }
 
     /// A state that this program's own logic excludes.

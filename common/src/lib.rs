@@ -26,6 +26,7 @@ pub mod position;
 pub mod reloaded;
 pub mod replication;
 pub mod server;
+pub mod rights;
 pub mod shutdown;
 pub mod spool;
 pub mod statement;

@@ -4,6 +4,8 @@
 //! api -> lease -> engine -> chunk_reader -> body
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod api;
 pub mod body;
 pub mod caps;

@@ -7,6 +7,8 @@
 //! ```
 //! `job::CloneJob::run` names every stage of a clone in order.
 
+#![forbid(unsafe_code)]
+
 pub mod api;
 pub mod certificate;
 pub mod cli;

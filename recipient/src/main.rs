@@ -1,5 +1,7 @@
 //! The recipient's program: reads settings, runs, maps the end to an exit code.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use marcot_common::{config::load_or_exit, server::run_daemon};

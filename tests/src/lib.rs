@@ -2,6 +2,8 @@
 //!
 //! A story in tests/tests/ reads: start a donor, start a recipient, clone, look.
 
+#![forbid(unsafe_code)]
+
 pub mod bench;
 pub mod certificates;
 pub mod client;

@@ -121,6 +121,26 @@ fn donor_and_recipient_never_name_each_other() {
     }
 }
 
+/// Guards the bound on unsafe code: an `expect` elsewhere would let it in.
+#[test]
+fn unsafe_code_is_in_one_module() {
+    let words = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "expect(unsafe_code"];
+    let tests = files(&root().join("tests/src"), "rs");
+    let found: Vec<PathBuf> = sources()
+        .into_iter()
+        .chain(tests)
+        .filter(|path| {
+            let text = fs::read_to_string(path).unwrap();
+            words.iter().any(|word| text.contains(word))
+        })
+        .collect();
+    assert_eq!(found, [root().join("common/src/os.rs")]);
+    for crate_root in ["donor/src/lib.rs", "donor/engine/src/lib.rs", "recipient/src/lib.rs"] {
+        let text = fs::read_to_string(root().join(crate_root)).unwrap();
+        assert!(text.contains("#![forbid(unsafe_code)]"), "{crate_root}");
+    }
+}
+
 #[test]
 fn every_metric_is_in_the_operations_page() {
     let page = fs::read_to_string(root().join("docs/operations.md")).unwrap();

@@ -5,6 +5,8 @@
 //!
 //! Everything here blocks: callers run it on threads of their own.
 
+#![forbid(unsafe_code)]
+
 mod files;
 #[doc(hidden)]
 pub mod innodb;

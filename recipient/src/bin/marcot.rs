@@ -1,5 +1,7 @@
 //! The command line's program.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 #[tokio::main(flavor = "current_thread")]

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use marcot_common::failure::Failure;
+use marcot_common::{failure::Failure, os::end_with_this_process};
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use tokio::{
     process::{Child, Command},
@@ -168,6 +168,9 @@ impl Actor {
         let mut command = Command::new(program);
         command.args(arguments).args(more).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // A server that nobody supervises would stand in the way of the next start. Not SIGTERM: a
+        // MariaDB that gets it while it starts may hang for ever. (A child that changes its user loses
+        // this; the next start then waits for it and names it.)
         end_with_this_process(&mut command);
         let (mut child, own) = children::spawn(&mut command).map_err(|e| {
             Failure::precondition(
@@ -243,19 +246,6 @@ impl Actor {
 
     fn set(&self, status: Status) {
         self.status.send_replace(status);
-    }
-}
-
-/// Has the kernel kill the child when this process is killed, as it does in a container: a server
-/// that nobody supervises would stand in the way of the next start. Not SIGTERM: a MariaDB that gets
-/// it while it starts may hang for ever. (A child that changes its user loses this; the next start
-/// then waits for it and names it.)
-#[expect(unsafe_code, reason = "what runs between fork and exec cannot be checked")]
-fn end_with_this_process(command: &mut Command) {
-    let set = || Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?);
-    // SAFETY: one system call that allocates nothing and takes no lock.
-    unsafe {
-        command.pre_exec(set);
     }
 }
 

@@ -297,6 +297,10 @@ impl<'a> Walker<'a> {
         let fd = match rustix::fs::openat(parent, path.name(), flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::NOENT | Errno::LOOP | Errno::NXIO | Errno::NOTDIR) => return Ok(None),
+            Err(Errno::ACCESS | Errno::PERM) => {
+                self.offences.add_unreadable(&self.tree.shown(Some(&path)));
+                return Ok(None);
+            }
             Err(error) => return Err(self.failed("open", &path, error)),
         };
         let stat = rustix::fs::fstat(&fd)

@@ -268,7 +268,9 @@ fn a_file_or_directory_that_cannot_be_read_is_named() {
     for name in ["file", "directory"] {
         let fixture = Fixture::new();
         fixture.write("db/file", "");
+        fixture.write("db/other", "");
         fs::create_dir(fixture.path("db/directory")).unwrap();
+        fs::set_permissions(fixture.path("db/other"), fs::Permissions::from_mode(0o600)).unwrap();
         let secret = fixture.path(format!("db/{name}"));
         fs::set_permissions(&secret, fs::Permissions::from_mode(0o000)).unwrap();
         let top = fixture.data().parent().unwrap().to_owned();
@@ -283,7 +285,19 @@ fn a_file_or_directory_that_cannot_be_read_is_named() {
         });
         let failure = opened.join().unwrap().unwrap_err();
         assert_eq!(failure.reason, "FILE_ACCESS_DENIED");
-        assert!(failure.message.contains(secret.to_str().unwrap()), "{failure}");
+        for part in [
+            secret.to_str().unwrap(),
+            "belongs to root(0):root(0) and has mode 0000",
+            "this process is",
+            "(65534)",
+            "without CAP_DAC_READ_SEARCH",
+        ] {
+            assert!(failure.message.contains(part), "{part}: {failure}");
+        }
+        // The other one of them: both are named at once.
+        let subjects: Vec<_> = failure.violations.iter().map(|v| v.subject.as_str()).collect();
+        let shown = |name: &str| fixture.path(format!("db/{name}")).display().to_string();
+        assert_eq!(subjects, [shown(name), shown("other")]);
     }
 }
 
