@@ -15,13 +15,17 @@ mod stream;
 use std::{
     io,
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::{io::BufReader, net::TcpStream};
+use tokio::{
+    io::BufReader,
+    net::{TcpStream, UnixStream},
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
     Code,
@@ -31,6 +35,7 @@ use tonic::{
 use self::stream::{Io, Recorder, Seen};
 pub use crate::tls::client::ClientTls;
 use crate::{
+    connection::LOCAL_PEER,
     donor_list::DonorList,
     failure::{Failure, chain},
     listener::NO_TLS_ANSWER,
@@ -80,6 +85,8 @@ pub struct ConnectOptions {
     pub host: String,
     /// Port.
     pub port: u16,
+    /// A Unix socket of this host, instead of host and port.
+    socket: Option<PathBuf>,
     /// Mode.
     pub ssl_mode: SslMode,
     /// Whom to believe.
@@ -128,6 +135,7 @@ impl ConnectOptions {
         Self {
             host: host.to_owned(),
             port,
+            socket: None,
             ssl_mode,
             tls: ClientTls::default(),
             donors: None,
@@ -136,6 +144,12 @@ impl ConnectOptions {
             streams: 1,
             versions: Versions::Tls13,
         }
+    }
+
+    /// To a Unix socket of this host.
+    #[must_use]
+    pub fn unix(path: &Path) -> Self {
+        Self { socket: Some(path.to_owned()), ..Self::new("localhost", 0, SslMode::Disabled) }
     }
 
     /// The same, with a word on whom to believe.
@@ -228,6 +242,9 @@ impl ConnectOptions {
     }
 
     fn name(&self) -> String {
+        if let Some(socket) = &self.socket {
+            return format!("unix:{}", socket.display());
+        }
         if self.host.contains(':') {
             format!("[{}]:{}", self.host, self.port)
         } else {
@@ -239,6 +256,9 @@ impl ConnectOptions {
 /// Connects.
 pub async fn connect(options: &ConnectOptions) -> Result<DonorConnection, Failure> {
     let connected = async {
+        if let Some(socket) = &options.socket {
+            return connect_unix(options, socket).await;
+        }
         match options.ssl_mode {
             SslMode::Disabled => connect_plain(options).await,
             SslMode::Required => connect_tls(options).await.map_err(|refusal| refusal.failure),
@@ -288,6 +308,19 @@ async fn connect_plain(options: &ConnectOptions) -> Result<DonorConnection, Fail
     let io = Recorder { io: stream, seen: seen.clone() };
     let channel = open_channel(options, Io::Plain(io), &seen).await?;
     Ok(DonorConnection { channel, security: Security::default(), peer })
+}
+
+async fn connect_unix(options: &ConnectOptions, path: &Path) -> Result<DonorConnection, Failure> {
+    let stream = UnixStream::connect(path).await.map_err(|e| {
+        let text = format!(
+            "cannot connect to {}: {e}; is a Marcot donor listening there, and may this user write \
+             to its socket?",
+            options.name()
+        );
+        unreachable(2002, text)
+    })?;
+    let channel = open_channel(options, Io::Local(stream), &Seen::default()).await?;
+    Ok(DonorConnection { channel, security: Security::default(), peer: LOCAL_PEER })
 }
 
 async fn connect_tls(options: &ConnectOptions) -> Result<DonorConnection, Refusal> {

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
     sync::{Arc, OnceLock},
 };
@@ -63,16 +63,21 @@ impl Identity {
     }
 }
 
+/// The address of who comes by a Unix socket: this host's, without a port.
+pub const LOCAL_PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
     /// The other end.
     pub peer: SocketAddr,
+    /// Whether it came by a Unix socket.
+    pub is_local: bool,
     /// Protocol and cipher suite, e.g. `TLSv1.3 AES_128_GCM_SHA256`; empty in plaintext.
     pub cipher: String,
     /// Of an encrypted connection: what binds a log-in to it (RFC 9266 tls-exporter).
     pub channel_binding: Option<[u8; 32]>,
-    /// Whom the client's certificate makes it.
+    /// Whom the client's certificate, or its user on this host, makes it.
     certified: Option<Identity>,
     identity: OnceLock<Identity>,
 }
@@ -83,6 +88,7 @@ impl Connection {
     pub fn plain(peer: SocketAddr) -> Self {
         Self {
             peer,
+            is_local: false,
             cipher: String::new(),
             channel_binding: None,
             certified: None,
@@ -90,14 +96,20 @@ impl Connection {
         }
     }
 
+    /// A connection by a Unix socket that nobody has logged in on.
+    #[must_use]
+    pub fn local() -> Self {
+        Self { is_local: true, ..Self::plain(LOCAL_PEER) }
+    }
+
     /// An encrypted connection that nobody has logged in on.
     #[must_use]
     pub fn encrypted_with(peer: SocketAddr, cipher: String, channel_binding: [u8; 32]) -> Self {
         let channel_binding = Some(channel_binding);
-        Self { peer, cipher, channel_binding, certified: None, identity: OnceLock::new() }
+        Self { cipher, channel_binding, ..Self::plain(peer) }
     }
 
-    /// The same, of a client whose certificate makes it somebody.
+    /// The same, of a client whom its certificate, or its user on this host, makes somebody.
     #[must_use]
     pub fn certified_as(self, certified: Option<Identity>) -> Self {
         Self { certified, ..self }

@@ -1,4 +1,5 @@
-//! The identities file: who may call without a password, known by a client certificate or a token.
+//! The identities file: who may call without a password, known by a client certificate, a token, or
+//! as a user of this host who comes by a Unix socket.
 //!
 //! ```toml
 //! [certificate."spiffe://cluster.local/ns/db/sa/operator"]
@@ -7,6 +8,9 @@
 //! [token.nightly]
 //! sha256 = "..."    # of the token, which has 32 random bytes or more: openssl rand -hex 32
 //! privileges = ["BACKUP_ADMIN"]
+//!
+//! [unix_user.mysql]       # a name, or a number in quotes
+//! privileges = ["CLONE_ADMIN"]
 //! ```
 //!
 //! The file holds no secrets, so that others may read it; but whoever could write it could give
@@ -76,6 +80,8 @@ struct File {
     certificate: BTreeMap<String, Certificate>,
     #[serde(default)]
     token: BTreeMap<String, Token>,
+    #[serde(default)]
+    unix_user: BTreeMap<String, Certificate>,
 }
 
 #[derive(Deserialize)]
@@ -98,6 +104,8 @@ pub struct Identities {
     certificates: BTreeMap<String, Vec<Privilege>>,
     /// By SHA-256 of the token.
     tokens: BTreeMap<[u8; 32], (String, Vec<Privilege>)>,
+    /// By number of the user.
+    users: BTreeMap<u32, (String, Vec<Privilege>)>,
 }
 
 impl Identities {
@@ -111,7 +119,7 @@ impl Identities {
         }
         let text = fs::read_to_string(path).map_err(io)?;
         let file: File = toml::from_str(&text).map_err(|e| malformed(e.to_string()))?;
-        let count = file.certificate.len() + file.token.len();
+        let count = file.certificate.len() + file.token.len() + file.unix_user.len();
         if count > IDENTITIES_MAX {
             return Err(malformed(format!("it has {count} identities, {IDENTITIES_MAX} at most")));
         }
@@ -131,6 +139,14 @@ impl Identities {
             })?;
             identities.tokens.insert(digest.0, (name, privileges));
         }
+        for (name, stored) in file.unix_user {
+            let wrong = |why: String| malformed(format!("unix_user `{name}`: {why}"));
+            let privileges = privileges(&stored.privileges).map_err(wrong)?;
+            let known = || uzers::get_user_by_name(&name).map(|user| user.uid());
+            let uid = name.parse().ok().or_else(known);
+            let uid = uid.ok_or_else(|| wrong("there is no such user on this host".to_owned()))?;
+            identities.users.insert(uid, (name, privileges));
+        }
         Ok(identities)
     }
 
@@ -147,6 +163,11 @@ impl Identities {
             let privileges = self.certificates.get(&name.to_ascii_lowercase())?.clone();
             Some(Identity { user: name, privileges, snapshot: None })
         })
+    }
+
+    fn of_user(&self, uid: u32) -> Option<Identity> {
+        let (user, privileges) = self.users.get(&uid)?.clone();
+        Some(Identity { user, privileges, snapshot: None })
     }
 
     fn of_token(&self, token: &str) -> Option<Identity> {
@@ -194,6 +215,12 @@ impl IdentitiesFile {
     #[must_use]
     pub fn of_certificate(&self, certificate: &CertificateDer<'_>) -> Option<Identity> {
         self.current()?.of_certificate(certificate)
+    }
+
+    /// Who this user of this host is.
+    #[must_use]
+    pub fn of_user(&self, uid: u32) -> Option<Identity> {
+        self.current()?.of_user(uid)
     }
 
     /// Whose token this is.
@@ -270,11 +297,27 @@ mod tests {
     }
 
     #[test]
+    fn a_user_of_this_host_is_known_by_name_or_number() {
+        let text = "[unix_user.root]\nprivileges = [\"CLONE_ADMIN\"]\n\
+                    [unix_user.12345]\nprivileges = [\"MONITOR\"]\n";
+        let (_home, identities) = file(text);
+        let identities = identities.unwrap();
+        let known = |uid| identities.of_user(uid).map(|identity| identity.user);
+        assert_eq!(known(0).as_deref(), Some("root"));
+        assert_eq!(known(12345).as_deref(), Some("12345"));
+        assert_eq!(known(12346), None);
+    }
+
+    #[test]
     fn a_wrong_file_is_told_by_its_field() {
         for (text, part) in [
             ("[certificate.a]\nprivileges = []", "certificate `a`: it needs a privilege"),
             ("[certificate.a]\nprivileges = [\"ROOT\"]", "`ROOT` is no privilege"),
             ("[token.a]\nsha256 = \"ab\"\nprivileges = [\"MONITOR\"]", "token `a`: sha256"),
+            (
+                "[unix_user.\"no such\"]\nprivileges = [\"MONITOR\"]",
+                "unix_user `no such`: there is",
+            ),
             ("[user.a]\n", "unknown field"),
         ] {
             let error = file(text).1.unwrap_err().to_string();

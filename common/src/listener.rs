@@ -1,11 +1,13 @@
 //! One port, both modes: TLS and plaintext, told apart by the first byte.
 //!
 //! A donor without TLS gives a TLS hello one defined answer, so that a client in the no-clause mode
-//! can tell it from a broken or hostile network, and goes on in plaintext only then.
+//! can tell it from a broken or hostile network, and goes on in plaintext only then. A Unix socket
+//! takes plaintext, which never leaves the host; the kernel says whose process it is.
 
 use std::{
     io,
     net::SocketAddr,
+    path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -13,9 +15,12 @@ use std::{
 };
 
 use futures::Stream;
+use rustix::net::RecvFlags;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, ReadBuf},
-    net::{TcpListener, TcpStream},
+    io::{
+        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, Interest, ReadBuf,
+    },
+    net::{TcpListener, TcpStream, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -25,8 +30,9 @@ use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
 use crate::{
-    connection::{Connection, ConnectionInfo},
+    connection::{Connection, ConnectionInfo, LOCAL_PEER},
     identities::IdentitiesFile,
+    listen::UnixSocket,
     tls::{EXPORTER_LABEL, cipher_text, server::ReloadedTls},
 };
 
@@ -56,18 +62,50 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// First byte of HTTP/2's preface, `PRI * HTTP/2.0`.
 const HTTP2_PREFACE: u8 = b'P';
 
-/// A listening port.
+/// A listening port or socket.
 #[derive(Debug)]
 pub struct Listener {
-    listener: TcpListener,
+    socket: Socket,
     tls: Option<Arc<ReloadedTls>>,
     identities: Option<Arc<IdentitiesFile>>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixSocket),
+}
+
+/// What was accepted.
+enum Accepted {
+    Tcp(TcpStream, SocketAddr),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Tcp(listener) => {
+                listener.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer))
+            }
+            Self::Unix(socket) => {
+                socket.listener().accept().await.map(|(stream, _)| Accepted::Unix(stream))
+            }
+        }
+    }
 }
 
 impl Listener {
     /// Listens; with TLS, both modes are served.
     pub async fn bind(address: SocketAddr, tls: Option<Arc<ReloadedTls>>) -> io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, tls, identities: None })
+        let socket = Socket::Tcp(TcpListener::bind(address).await?);
+        Ok(Self { socket, tls, identities: None })
+    }
+
+    /// Listens on a Unix socket, whose file gets this mode.
+    pub fn bind_unix(path: &Path, mode: u32) -> io::Result<Self> {
+        let socket = Socket::Unix(UnixSocket::bind(path, mode)?);
+        Ok(Self { socket, tls: None, identities: None })
     }
 
     /// The same, with a word on who is who by his certificate.
@@ -76,9 +114,12 @@ impl Listener {
         Self { identities, ..self }
     }
 
-    /// The address, with the port that the system chose for port 0.
+    /// The address, with the port that the system chose for port 0; a Unix socket has none.
     pub fn local_address(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr(),
+            Socket::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Accepts connections until `stop`, for tonic's `serve_with_incoming`.
@@ -103,7 +144,7 @@ impl Listener {
             let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else {
                 return;
             };
-            let (stream, peer) = match self.listener.accept().await {
+            let accepted = match self.socket.accept().await {
                 Ok(accepted) => accepted,
                 Err(e) => {
                     // Most often the process has no descriptor left; others are being closed.
@@ -115,7 +156,19 @@ impl Listener {
             let (tls, identities, sender) =
                 (self.tls.clone(), self.identities.clone(), sender.clone());
             tokio::spawn(async move {
-                let opened = open(stream, peer, tls.as_deref(), identities.as_deref(), place);
+                let (tls, identities) = (tls.as_deref(), identities.as_deref());
+                let peer = match &accepted {
+                    Accepted::Tcp(_, peer) => *peer,
+                    Accepted::Unix(_) => LOCAL_PEER,
+                };
+                let opened = async {
+                    match accepted {
+                        Accepted::Tcp(stream, peer) => {
+                            open(stream, peer, tls, identities, place).await
+                        }
+                        Accepted::Unix(stream) => open_local(stream, identities, place).await,
+                    }
+                };
                 match tokio::time::timeout(HANDSHAKE_MAX, opened).await {
                     // The receiver is gone when the server stops.
                     Ok(Ok(Some(stream))) => drop(sender.send(Ok(stream)).await),
@@ -130,6 +183,29 @@ impl Listener {
             });
         }
     }
+}
+
+/// A connection by a Unix socket, once it has begun to speak HTTP/2.
+async fn open_local(
+    stream: UnixStream,
+    identities: Option<&IdentitiesFile>,
+    place: OwnedSemaphorePermit,
+) -> io::Result<Option<ServerStream>> {
+    let mut first = [0];
+    let count = stream
+        .async_io(Interest::READABLE, || {
+            let (count, _) = rustix::net::recv(&stream, &mut first[..], RecvFlags::PEEK)?;
+            Ok(count)
+        })
+        .await?;
+    if count == 0 || first[0] != HTTP2_PREFACE {
+        debug!(first_byte = first[0], "a local connection does not speak HTTP/2");
+        return Ok(None);
+    }
+    let uid = stream.peer_cred()?.uid();
+    let known = identities.and_then(|identities| identities.of_user(uid));
+    let connection = ConnectionInfo(Arc::new(Connection::local().certified_as(known)));
+    Ok(Some(ServerStream { io: Io::Local(stream), connection, _place: place }))
 }
 
 async fn open(
@@ -204,6 +280,7 @@ pub struct ServerStream {
 #[derive(Debug)]
 enum Io {
     Plain(TcpStream),
+    Local(UnixStream),
     Tls(Box<TlsStream<BufReader<TcpStream>>>),
 }
 
@@ -219,6 +296,10 @@ macro_rules! on_io {
     ($self:ident, $io:ident => $call:expr) => {
         match &mut $self.get_mut().io {
             Io::Plain($io) => {
+                let $io = Pin::new($io);
+                $call
+            }
+            Io::Local($io) => {
                 let $io = Pin::new($io);
                 $call
             }
@@ -260,6 +341,7 @@ impl AsyncWrite for ServerStream {
     fn is_write_vectored(&self) -> bool {
         match &self.io {
             Io::Plain(io) => io.is_write_vectored(),
+            Io::Local(io) => io.is_write_vectored(),
             Io::Tls(io) => io.is_write_vectored(),
         }
     }

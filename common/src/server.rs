@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures::StreamExt as _;
 use tokio::net::TcpListener;
 use tonic::{
     service::{Routes, RoutesBuilder},
@@ -23,6 +24,7 @@ use crate::{
     durable::write_atomically,
     failure::chain,
     identities::IdentitiesFile,
+    listen::{ListenAddress, parse_socket_mode},
     listener::Listener,
     login::{
         DatabaseAccounts,
@@ -46,6 +48,9 @@ const STREAMS_MAX: u32 = 128;
 
 /// A dead client is found within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Most addresses and sockets to listen on: an address of each kind, and a socket.
+const LISTEN_MAX: usize = 8;
 
 /// How long calls that still run may take after the drain.
 const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
@@ -80,6 +85,10 @@ pub struct ServerOptions {
     /// Refuse every call that comes in plaintext.
     #[arg(long, env = "MARCOT_REQUIRE_TLS", requires = "tls_cert")]
     pub require_tls: bool,
+    /// Mode of a Unix socket that --listen names: 0600, or 0660 for its group as well.
+    #[arg(long, value_name = "MODE", default_value = "0600", env = "MARCOT_SOCKET_MODE",
+          value_parser = parse_socket_mode)]
+    pub socket_mode: u32,
     /// Addresses and networks that callers may come from, as 10.0.0.0/8; may be repeated
     /// [default: from anywhere].
     #[arg(long, value_name = "NETWORK", env = "MARCOT_ALLOW_FROM", value_delimiter = ',')]
@@ -135,7 +144,7 @@ impl ServerOptions {
     /// accounts that are in no file.
     pub fn prepare(
         &self,
-        listen: SocketAddr,
+        listen: &[ListenAddress],
         database: Option<Arc<dyn DatabaseAccounts>>,
     ) -> Result<Prepared, Vec<String>> {
         let mut problems = Vec::new();
@@ -162,8 +171,14 @@ impl ServerOptions {
         }
         let authenticates =
             self.accounts.is_some() || self.identities.is_some() || database.is_some();
-        if let Err(problem) = loopback_or_authenticated(listen, authenticates) {
-            note(problem.to_string());
+        if listen.len() > LISTEN_MAX {
+            note(format!("--listen is given {} times, at most {LISTEN_MAX} times", listen.len()));
+        }
+        for listen in listen {
+            let ListenAddress::Tcp(listen) = listen else { continue };
+            if let Err(problem) = loopback_or_authenticated(*listen, authenticates) {
+                note(problem.to_string());
+            }
         }
         if problems.is_empty() {
             Ok(Prepared { tls, accounts, database, identities })
@@ -210,20 +225,16 @@ impl Daemon {
     /// `add` puts the daemon's own service among the routes; `drain` returns once nothing runs.
     pub async fn serve(
         self,
-        listen: SocketAddr,
+        listen: &[ListenAddress],
         keys: Arc<dyn KeyDirectory>,
         add: impl FnOnce(&mut RoutesBuilder),
         drain: impl Future<Output = ()>,
     ) -> Result<(), String> {
-        let listener = Listener::bind(listen, self.prepared.tls.clone())
-            .await
-            .map_err(|e| format!("listen on {listen}: {e}"))?
-            .with_identities(self.prepared.identities.clone());
+        let (listeners, addresses) = self.bind(listen).await?;
         if let Some(tls) = &self.prepared.tls {
             let tls = Arc::clone(tls);
             self.metrics.add_certificate("tls-cert", move || tls.current().expiry());
         }
-        let address = listener.local_address().map_err(|e| e.to_string())?;
         let readiness = Readiness::new();
         let routes = self.routes(keys, &readiness, add)?;
         let admin = self.serve_admin(&readiness).await?;
@@ -244,11 +255,13 @@ impl Daemon {
             .layer(AccessLayer(Arc::new(policy)))
             .add_routes(routes);
         let stop = self.shutdown.stop.clone();
-        let incoming = listener.incoming(stop.clone());
+        let incoming =
+            listeners.into_iter().map(|listener| listener.incoming(stop.clone()).boxed());
+        let incoming = futures::stream::select_all(incoming);
         let stopped = stop.clone().cancelled_owned();
         let serving = tokio::spawn(server.serve_with_incoming_shutdown(incoming, stopped));
         readiness.set_ready();
-        self.announce(address, admin)?;
+        self.announce(&addresses, admin)?;
         self.shutdown.drain.cancelled().await;
         readiness.set_draining();
         let bound = Duration::from_secs(self.options.drain_seconds);
@@ -265,6 +278,32 @@ impl Daemon {
             Ok(Err(e)) => Err(e.to_string()),
             Ok(Ok(Ok(()))) | Err(_) => Ok(()),
         }
+    }
+
+    /// Listens everywhere, and says where: with the ports that the system chose.
+    async fn bind(
+        &self,
+        listen: &[ListenAddress],
+    ) -> Result<(Vec<Listener>, Vec<ListenAddress>), String> {
+        let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
+        for listen in listen {
+            let failed = |e: std::io::Error| format!("listen on {listen}: {e}");
+            let listener = match listen {
+                ListenAddress::Tcp(address) => {
+                    let tls = self.prepared.tls.clone();
+                    let listener = Listener::bind(*address, tls).await.map_err(failed)?;
+                    let address = listener.local_address().map_err(failed)?;
+                    addresses.push(ListenAddress::Tcp(address));
+                    listener
+                }
+                ListenAddress::Unix(path) => {
+                    addresses.push(listen.clone());
+                    Listener::bind_unix(path, self.options.socket_mode).map_err(failed)?
+                }
+            };
+            listeners.push(listener.with_identities(self.prepared.identities.clone()));
+        }
+        Ok((listeners, addresses))
     }
 
     fn routes(
@@ -313,12 +352,19 @@ impl Daemon {
     }
 
     /// Says where calls are taken: in the log, and in the ready file.
-    fn announce(&self, address: SocketAddr, admin: Option<SocketAddr>) -> Result<(), String> {
+    fn announce(
+        &self,
+        addresses: &[ListenAddress],
+        admin: Option<SocketAddr>,
+    ) -> Result<(), String> {
+        let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let is_tcp = |address: &&ListenAddress| matches!(address, ListenAddress::Tcp(_));
+        let first = addresses.iter().find(is_tcp).or(addresses.first()).map(ToString::to_string);
         let fingerprint =
             self.prepared.tls.as_ref().map(|tls| tls.current().fingerprint.to_string());
         info!(
             version = VERSION_WITH_COMMIT,
-            listen = %address,
+            listen = %texts.join(", "),
             admin_listen = admin.map(tracing::field::display),
             fingerprint = fingerprint.as_deref(),
             accounts = self.prepared.has_accounts(),
@@ -329,7 +375,8 @@ impl Daemon {
             return Ok(());
         };
         let text = serde_json::json!({
-            "listen": address.to_string(),
+            "listen": first,
+            "listen_all": texts,
             "admin_listen": admin.map(|address| address.to_string()),
             "fingerprint": fingerprint,
         });

@@ -1,12 +1,13 @@
 //! The donor, put together: settings, engine, leases, service, drain.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{
     access::Rule,
     config::Loaded,
     connection::{Identity, Privilege},
     failure::Failure,
+    listen::ListenAddress,
     login::{DatabaseAccounts, server::KeyDirectory},
     pace::parse_bandwidth,
     server::{Daemon, Problem, Role, ServerOptions},
@@ -42,9 +43,16 @@ pub struct Settings {
     /// The data directory that is cloned.
     #[arg(long, value_name = "DIR", env = "MARCOT_DATA_DIRECTORY")]
     pub data_directory: PathBuf,
-    /// Address to take calls on; not loopback only with --accounts.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4407", env = "MARCOT_LISTEN")]
-    pub listen: SocketAddr,
+    /// Address to take calls on, or unix:/PATH of a socket; not loopback only with --accounts. May be
+    /// repeated.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:4407",
+        env = "MARCOT_LISTEN",
+        value_delimiter = ','
+    )]
+    pub listen: Vec<ListenAddress>,
     /// How it is read.
     #[command(flatten)]
     pub engine: EngineOptions,
@@ -75,7 +83,8 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let wrong = |e: Failure| Problem::Settings(vec![e.message]);
     let config = settings.engine.config(settings.data_directory.clone()).map_err(wrong)?;
     let database = database_accounts(&settings, &config).map_err(wrong)?;
-    let prepared = settings.server.prepare(settings.listen, database).map_err(Problem::Settings)?;
+    let prepared =
+        settings.server.prepare(&settings.listen, database).map_err(Problem::Settings)?;
     let engine = open_engine(&config).map_err(wrong)?;
     if settings.server.config.check_config {
         print!("{effective}");
@@ -99,7 +108,7 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let service = ZeroCopyService::new(api);
     let served = daemon
         .serve(
-            settings.listen,
+            &settings.listen,
             Arc::clone(&leases) as Arc<dyn KeyDirectory>,
             |routes| {
                 routes.add_service(service);

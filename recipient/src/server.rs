@@ -1,6 +1,6 @@
 //! The recipient, put together: settings, clones, service, drain.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{
     access::Rule,
@@ -8,6 +8,7 @@ use marcot_common::{
     connect::ClientTls,
     connection::Privilege,
     donor_list::{DonorEntry, DonorList, DonorMatch},
+    listen::ListenAddress,
     login::server::NoKeys,
     pace::parse_bandwidth,
     server::{Daemon, Problem, Role, ServerOptions},
@@ -71,9 +72,16 @@ pub const ROLE: Role = Role {
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "marcot-recipient", version = marcot_common::config::VERSION_WITH_COMMIT)]
 pub struct Settings {
-    /// Address to take calls on; not loopback only with --accounts.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4406", env = "MARCOT_LISTEN")]
-    pub listen: SocketAddr,
+    /// Address to take calls on, or unix:/PATH of a socket; not loopback only with --accounts. May be
+    /// repeated.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        default_value = "127.0.0.1:4406",
+        env = "MARCOT_LISTEN",
+        value_delimiter = ','
+    )]
+    pub listen: Vec<ListenAddress>,
     /// Directory for the history of clones.
     #[arg(long, value_name = "DIR", env = "MARCOT_STATE_DIRECTORY")]
     pub state_directory: PathBuf,
@@ -174,7 +182,7 @@ fn stall_timeout(text: &str) -> Result<Duration, String> {
 /// Runs a recipient until it is told to end.
 pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let Loaded { args: settings, effective } = loaded;
-    let mut prepared = settings.server.prepare(settings.listen, None);
+    let mut prepared = settings.server.prepare(&settings.listen, None);
     let checked = check(&settings);
     if let (Err(problems), Err(more)) = (&mut prepared, &checked) {
         problems.extend(more.iter().cloned());
@@ -206,7 +214,7 @@ pub async fn run(loaded: Loaded<Settings>) -> Result<(), Problem> {
     let add = |routes: &mut tonic::service::RoutesBuilder| {
         routes.add_service(service);
     };
-    let served = daemon.serve(settings.listen, Arc::new(NoKeys), add, drain).await;
+    let served = daemon.serve(&settings.listen, Arc::new(NoKeys), add, drain).await;
     // Before the server ends: an install must not take that for the clone's fault.
     clones.leave().await;
     let ended = match supervised {

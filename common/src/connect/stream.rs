@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
-    net::TcpStream,
+    net::{TcpStream, UnixStream},
 };
 use tokio_rustls::client::TlsStream;
 
@@ -89,6 +89,7 @@ impl AsyncWrite for Recorder {
 #[derive(Debug)]
 pub(super) enum Io {
     Plain(Recorder),
+    Local(UnixStream),
     Tls(Box<TlsStream<BufReader<Recorder>>>),
 }
 
@@ -100,6 +101,7 @@ impl AsyncRead for Io {
     ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_read(context, buffer),
+            Self::Local(io) => Pin::new(io).poll_read(context, buffer),
             Self::Tls(io) => Pin::new(io.as_mut()).poll_read(context, buffer),
         }
     }
@@ -113,6 +115,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_write(context, bytes),
+            Self::Local(io) => Pin::new(io).poll_write(context, bytes),
             Self::Tls(io) => Pin::new(io.as_mut()).poll_write(context, bytes),
         }
     }
@@ -124,6 +127,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_write_vectored(context, slices),
+            Self::Local(io) => Pin::new(io).poll_write_vectored(context, slices),
             Self::Tls(io) => Pin::new(io.as_mut()).poll_write_vectored(context, slices),
         }
     }
@@ -131,6 +135,7 @@ impl AsyncWrite for Io {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Plain(io) => io.is_write_vectored(),
+            Self::Local(io) => io.is_write_vectored(),
             Self::Tls(io) => io.is_write_vectored(),
         }
     }
@@ -138,6 +143,7 @@ impl AsyncWrite for Io {
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_flush(context),
+            Self::Local(io) => Pin::new(io).poll_flush(context),
             Self::Tls(io) => Pin::new(io.as_mut()).poll_flush(context),
         }
     }
@@ -145,6 +151,7 @@ impl AsyncWrite for Io {
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_shutdown(context),
+            Self::Local(io) => Pin::new(io).poll_shutdown(context),
             Self::Tls(io) => Pin::new(io.as_mut()).poll_shutdown(context),
         }
     }

@@ -9,7 +9,8 @@ use marcot_common::{config::parse_duration, pace::parse_bandwidth};
 #[derive(Debug, Parser)]
 #[command(name = "marcot", version = marcot_common::config::VERSION_WITH_COMMIT)]
 pub(super) struct Arguments {
-    /// The recipient: HOST:PORT; with https:// TLS is required, with http:// it is not used.
+    /// The recipient: HOST:PORT, with https:// TLS is required, with http:// it is not used; or
+    /// unix:/PATH of its socket.
     #[arg(
         long,
         global = true,

@@ -1,5 +1,7 @@
 //! The connection to the recipient, made again when it is lost.
 
+use std::path::Path;
+
 use marcot_common::{
     connect::{ClientTls, ConnectOptions, SslMode, connect},
     failure::Failure,
@@ -135,11 +137,18 @@ impl Client {
 }
 
 fn options(arguments: &Arguments) -> Result<ConnectOptions, Failure> {
+    if let Some(path) = arguments.recipient.strip_prefix("unix:") {
+        if arguments.tls || arguments.fingerprint.is_some() || arguments.ca_file.is_some() {
+            let text = "unix: has no TLS, which --tls, --ca-file and --fingerprint require";
+            return Err(Failure::invalid("BAD_ADDRESS", text));
+        }
+        return Ok(ConnectOptions::unix(Path::new(path)));
+    }
     let (mode, address) = match arguments.recipient.split_once("://") {
         Some(("https", rest)) => (SslMode::Required, rest),
         Some(("http", rest)) => (SslMode::Disabled, rest),
         Some(_) => {
-            let text = "--recipient begins with http:// or https://, or is HOST:PORT";
+            let text = "--recipient begins with http://, https:// or unix:, or is HOST:PORT";
             return Err(Failure::invalid("BAD_ADDRESS", text));
         }
         None if arguments.tls => (SslMode::Required, arguments.recipient.as_str()),

@@ -5,3 +5,4 @@ mod capture;
 mod database;
 mod roles;
 mod rotation;
+mod socket;
