@@ -108,6 +108,8 @@ pub struct Totals {
     /// Bytes of regular files that have to be read: holes, and the ends of last blocks, are not
     /// among them. Does not travel.
     pub data_bytes: u64,
+    /// Size of the largest file that was ever counted; 0 when that is not known.
+    pub largest_bytes: u64,
 }
 
 impl Totals {
@@ -119,6 +121,7 @@ impl Totals {
             self.size_bytes = self.size_bytes.saturating_add(size);
             self.allocated_bytes = self.allocated_bytes.saturating_add(allocated);
             self.data_bytes = self.data_bytes.saturating_add(size.min(allocated));
+            self.largest_bytes = self.largest_bytes.max(size);
         }
     }
 

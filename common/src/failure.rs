@@ -19,6 +19,9 @@ pub const DOMAIN: &str = "marcot.dev";
 /// Longest text taken over from a peer, bytes: it ends in logs and in the status.
 const PEER_TEXT_BYTES_MAX: usize = 1024;
 
+/// Most broken preconditions that one failure tells: more than there are checks.
+const VIOLATIONS_MAX: usize = 64;
+
 /// One broken precondition, for PreconditionFailure details.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
@@ -136,6 +139,30 @@ impl Failure {
         self
     }
 
+    /// All of several failures as one: the first one's code, reason and number, and a violation for
+    /// each. `None` when there is none.
+    #[must_use]
+    pub fn all_of(failures: Vec<Self>) -> Option<Self> {
+        let violations: Vec<Violation> = failures.iter().flat_map(Self::as_violations).collect();
+        let mut first = failures.into_iter().next()?;
+        if violations.len() > 1 {
+            first.violations = violations;
+        }
+        Some(first)
+    }
+
+    /// Its violations, or itself as one.
+    fn as_violations(&self) -> Vec<Violation> {
+        if !self.violations.is_empty() {
+            return self.violations.clone();
+        }
+        vec![Violation {
+            check: self.reason.to_string(),
+            subject: self.mysql_error.map(|number| number.to_string()).unwrap_or_default(),
+            description: self.message.clone(),
+        }]
+    }
+
     /// Whether the same call may succeed later without anyone's doing.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
@@ -177,7 +204,7 @@ impl Failure {
         let retry_after = details.retry_info().and_then(|retry| retry.retry_delay);
         let violations = details
             .precondition_failure()
-            .map(|failure| failure.violations.iter().take(64))
+            .map(|failure| failure.violations.iter().take(VIOLATIONS_MAX))
             .into_iter()
             .flatten()
             .map(|v| Violation {
@@ -225,6 +252,16 @@ impl Failure {
             message: self.message.clone(),
             code: self.code as i32,
             metadata: self.metadata.clone().into_iter().collect(),
+            violations: self
+                .violations
+                .iter()
+                .take(VIOLATIONS_MAX)
+                .map(|v| pb::Violation {
+                    check: v.check.clone(),
+                    subject: v.subject.clone(),
+                    description: v.description.clone(),
+                })
+                .collect(),
         }
     }
 
@@ -238,7 +275,16 @@ impl Failure {
             mysql_error: Some(failure.error_number).filter(|&n| n != 0),
             metadata: failure.metadata.iter().take(32).map(|(k, v)| (clip(k), clip(v))).collect(),
             retry_after: None,
-            violations: Vec::new(),
+            violations: failure
+                .violations
+                .iter()
+                .take(VIOLATIONS_MAX)
+                .map(|v| Violation {
+                    check: clip(&v.check),
+                    subject: clip(&v.subject),
+                    description: clip(&v.description),
+                })
+                .collect(),
         }
     }
 }

@@ -8,6 +8,9 @@ use std::{
 
 use bytes::Bytes;
 
+/// The operating system, as MySQL's version_compile_os.
+pub const OS: &str = "Linux";
+
 /// A digest of this host's identity: equal for processes on one host since its boot, and of no
 /// other use (the machine id itself is confidential, machine-id(5)).
 #[must_use]

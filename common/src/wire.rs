@@ -204,6 +204,7 @@ pub fn totals(message: Option<pb::Totals>) -> Totals {
         size_bytes: t.size_bytes,
         allocated_bytes: t.allocated_bytes,
         data_bytes: t.size_bytes.min(t.allocated_bytes),
+        largest_bytes: t.largest_bytes,
     }
 }
 
@@ -215,6 +216,7 @@ pub fn totals_to_wire(totals: Totals) -> pb::Totals {
         files: totals.files,
         size_bytes: totals.size_bytes,
         allocated_bytes: totals.allocated_bytes,
+        largest_bytes: totals.largest_bytes,
     }
 }
 

@@ -17,7 +17,7 @@ use marcot_common::{
     host, time,
     wire::{self, attributes_to_wire, entry_to_wire, totals_to_wire},
 };
-use marcot_engine::SnapshotOptions;
+use marcot_engine::{SnapshotOptions, server_facts::ServerFacts};
 use marcot_proto::{
     common::v1 as pbc,
     donor::v1::{self as pb, donor_service_server::DonorService},
@@ -171,12 +171,7 @@ impl DonorService for Api {
         Ok(Response::new(pb::GetServerInfoResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             engine: engine.name().to_owned(),
-            server_version: server.version,
-            page_size_bytes: server.page_size,
-            character_set_server: server.character_set,
-            collation_server: server.collation,
-            variables: server.variables.into_iter().collect(),
-            os: "Linux".to_owned(),
+            os: host::OS.to_owned(),
             machine: std::env::consts::ARCH.to_owned(),
             capabilities: vec!["zstd".to_owned(), chunk::KNOWN_BLOCKS.to_owned()],
             digest_algorithms: vec![pbc::DigestAlgorithm::Xxh3128.into()],
@@ -190,7 +185,7 @@ impl DonorService for Api {
             authentication: authentication.into(),
             tls: self.identity.tls,
             lease_duration_max: Some(time::duration_to_wire(LEASE_MAX)),
-            ..pb::GetServerInfoResponse::default()
+            ..server_info(server)
         }))
     }
 
@@ -218,6 +213,7 @@ impl DonorService for Api {
             round: position.round,
             estimate: Some(totals_to_wire(estimate)),
             left_out: held.snapshot.left_out().into_iter().collect(),
+            storage_engines: held.snapshot.storage_engines(),
         }))
     }
 
@@ -315,6 +311,36 @@ impl DonorService for Api {
             self.leases.close(&held.name, why);
         }
         Ok(Response::new(pb::CloseSnapshotResponse {}))
+    }
+}
+
+/// What the database server says of itself.
+fn server_info(server: ServerFacts) -> pb::GetServerInfoResponse {
+    let text = |name: &str| server.variable(name).to_owned();
+    let plugins = server.plugins.clone().unwrap_or_default();
+    pb::GetServerInfoResponse {
+        server_version: text("version"),
+        page_size_bytes: server.variable("innodb_page_size").parse().unwrap_or(0),
+        character_set_server: text("character_set_server"),
+        collation_server: text("collation_server"),
+        collations: server.collations.clone().unwrap_or_default(),
+        plugins: plugins.iter().map(|plugin| plugin.name.clone()).collect(),
+        server_plugins: plugins
+            .into_iter()
+            .map(|plugin| pb::ServerPlugin {
+                name: plugin.name,
+                r#type: plugin.kind,
+                library: plugin.library,
+            })
+            .collect(),
+        encryption: server.encryption.clone().map(|encryption| pb::Encryption {
+            tablespaces: encryption.tablespaces,
+            key_ids: encryption.key_ids,
+            redo_log: encryption.redo_log,
+        }),
+        undo_files: server.undo_files.clone().unwrap_or_default(),
+        variables: server.variables.into_iter().collect(),
+        ..pb::GetServerInfoResponse::default()
     }
 }
 

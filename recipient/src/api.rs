@@ -55,12 +55,35 @@ impl Api {
         require_privilege(request, replaces)
     }
 
-    fn start<T>(
+    /// What a clone would be, with what its checks have found; an error when one has failed.
+    async fn validated(&self, checked: &CloneRequest) -> Result<pb::Clone, Failure> {
+        let id = uuid::Uuid::now_v7().to_string();
+        let findings =
+            preflight::inspect(checked, self.clones.settings(), &id, None).await.close().await;
+        let notable = findings.notable();
+        if let Some(failure) = findings.into_failure() {
+            return Err(failure);
+        }
+        Ok(pb::Clone {
+            state: pb::State::NotStarted.into(),
+            source: checked.source_name(),
+            destination: host::path_bytes(&checked.target),
+            statement: checked.statement.clone(),
+            request_id: checked.request_id.clone(),
+            findings: notable,
+            ..pb::Clone::default()
+        })
+    }
+
+    async fn start<T: Sync>(
         &self,
         request: &Request<T>,
         checked: CloneRequest,
     ) -> Result<Option<pb::Clone>, Status> {
         require_privilege(request, checked.replaces)?;
+        if checked.validate_only {
+            return Ok(Some(Box::pin(self.validated(&checked)).await?));
+        }
         let origin = Origin {
             user: access::caller(request).user.unwrap_or_default(),
             trace_id: telemetry::propagation::current_trace_id().unwrap_or_default(),
@@ -111,7 +134,7 @@ impl RecipientService for Api {
         }
         let message = request.get_ref().clone();
         let checked = CloneRequest::from_instance(message, self.clones.settings())?;
-        let clone = self.start(&request, checked)?;
+        let clone = self.start(&request, checked).await?;
         Ok(Response::new(pb::CloneInstanceResponse { clone }))
     }
 
@@ -124,7 +147,7 @@ impl RecipientService for Api {
         }
         let message = request.get_ref().clone();
         let checked = CloneRequest::from_local(message, self.clones.settings())?;
-        let clone = self.start(&request, checked)?;
+        let clone = self.start(&request, checked).await?;
         Ok(Response::new(pb::CloneLocalResponse { clone }))
     }
 
@@ -135,7 +158,7 @@ impl RecipientService for Api {
         refuse_bare_secret(&request)?;
         let message = request.get_ref().clone();
         let checked = CloneRequest::from_statement(message, self.clones.settings())?;
-        let clone = self.start(&request, checked)?;
+        let clone = self.start(&request, checked).await?;
         Ok(Response::new(pb::CloneStatementResponse { clone }))
     }
 
@@ -159,8 +182,9 @@ impl RecipientService for Api {
         };
         require_privilege(&request, checked.replaces)?;
         let id = uuid::Uuid::now_v7().to_string();
-        let report = preflight::inspect(&checked, settings, &id, None).await;
-        let (findings, valid) = report.close().await;
+        let findings = preflight::inspect(&checked, settings, &id, None).await.close().await;
+        let valid = findings.is_valid();
+        let findings = findings.all().to_vec();
         Ok(Response::new(pb::ValidateCloneResponse { findings, valid }))
     }
 

@@ -90,13 +90,20 @@ impl Drop for DonorSource {
     }
 }
 
-impl DonorSource {
-    /// Connects, logs in, and opens a snapshot.
-    pub async fn open(
+/// A donor that has let this clone in, and said what it is.
+#[derive(Debug)]
+pub struct Greeted {
+    client: Client,
+    pinned: ConnectOptions,
+    accounts: bool,
+    server_info: pb::GetServerInfoResponse,
+}
+
+impl Greeted {
+    /// Connects, logs in, and asks what the donor is.
+    pub async fn connect(
         request: &DonorRequest,
-        snapshot: &SnapshotOptions,
         settings: &Settings,
-        clone_id: &str,
         job: Option<&CloneJob>,
     ) -> Result<Self, Failure> {
         let options = ConnectOptions::new(&request.host, request.port, request.ssl_mode)
@@ -131,6 +138,27 @@ impl DonorSource {
         if let Some(job) = job {
             job.status.update(|clone| clone.donor_version.clone_from(&server_info.version));
         }
+        Ok(Self { client, pinned, accounts, server_info })
+    }
+
+    /// What the donor says of itself.
+    #[must_use]
+    pub fn server_info(&self) -> &pb::GetServerInfoResponse {
+        &self.server_info
+    }
+}
+
+impl DonorSource {
+    /// Opens a snapshot.
+    pub async fn open(
+        greeted: Greeted,
+        request: &DonorRequest,
+        snapshot: &SnapshotOptions,
+        settings: &Settings,
+        clone_id: &str,
+        job: Option<&CloneJob>,
+    ) -> Result<Self, Failure> {
+        let Greeted { mut client, pinned, accounts, server_info } = greeted;
         let key = Arc::new(login::CloneKey::generate()?);
         let lease = lease(settings.donor_timeout, &server_info);
         let open = pb::OpenSnapshotRequest {
@@ -185,6 +213,7 @@ impl DonorSource {
                 position: wire::position(opened.stage, opened.round)?,
                 estimate: wire::totals(opened.estimate),
                 left_out: opened.left_out.into_iter().take(64).collect(),
+                storage_engines: storage_engines(opened.storage_engines),
             },
             snapshot: opened.snapshot,
             server_info,
@@ -260,6 +289,7 @@ impl DonorSource {
                 position: Position::FIRST,
                 estimate: Totals::default(),
                 left_out: std::collections::BTreeMap::new(),
+                storage_engines: Vec::new(),
             },
             snapshot: record.snapshot.clone(),
             server_info,
@@ -270,11 +300,26 @@ impl DonorSource {
             control,
         })
     }
+}
 
-    /// What the donor says of itself.
-    #[must_use]
-    pub fn server_info(&self) -> &pb::GetServerInfoResponse {
-        &self.server_info
+/// Names of engines are told in findings: so many, and so long, at the most.
+fn storage_engines(names: Vec<String>) -> Vec<String> {
+    let is_name = |name: &String| {
+        (1..=64).contains(&name.len()) && name.chars().all(|c| c.is_ascii_graphic())
+    };
+    names.into_iter().take(64).filter(is_name).collect()
+}
+
+/// What an attached snapshot needs to know of its donor: the comparison has been made.
+fn kept(info: &pb::GetServerInfoResponse) -> pb::GetServerInfoResponse {
+    pb::GetServerInfoResponse {
+        version: info.version.clone(),
+        capabilities: info.capabilities.clone(),
+        chunk_bytes_max: info.chunk_bytes_max,
+        ranges_max: info.ranges_max,
+        readers_max: info.readers_max,
+        lease_duration_max: info.lease_duration_max,
+        ..pb::GetServerInfoResponse::default()
     }
 }
 
@@ -445,7 +490,7 @@ impl Source for DonorSource {
             encrypted,
             fingerprint: fingerprint.map(|f| f.to_vec()).unwrap_or_default(),
             lease_ms: u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX),
-            server_info: self.server_info.encode_to_vec(),
+            server_info: kept(&self.server_info).encode_to_vec(),
             ..SnapshotOpened::default()
         })
     }

@@ -1,6 +1,7 @@
 //! What a caller asks for, whichever way it was asked: checked, and its secret kept apart.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     fmt,
     ops::RangeInclusive,
@@ -23,6 +24,7 @@ use crate::{
     fetch::compression::Compression,
     install::place::{self, Form, INNER_DIRECTORY},
     limits::Limits,
+    preflight::own_server,
     settings::Settings,
     staging::STAGING_PREFIX,
 };
@@ -61,6 +63,10 @@ pub struct CloneRequest {
     /// The message that says the same, without its secrets: for the copy's journal. Empty for CLONE
     /// LOCAL.
     pub record: Vec<u8>,
+    /// Whether all that a clone checks first is checked, and nothing is started.
+    pub validate_only: bool,
+    /// Values of the server that is to run on the clone, by the names of its variables.
+    pub expected_server: BTreeMap<String, String>,
     /// Whether all is read from the disk again before it is installed.
     pub verifies_fully: bool,
     /// Whether secrets are missing: it was read from a journal.
@@ -303,6 +309,8 @@ impl CloneRequest {
             replaces,
             statement,
             record: Vec::new(),
+            validate_only: options.validate_only,
+            expected_server: expected_server(options.expected_server)?,
             verifies_fully: verification == pb::Verification::Full,
             lacks_secrets: false,
         })
@@ -516,6 +524,17 @@ fn reuse(options: &pb::CloneOptions, source: &SourceRequest) -> Result<Option<Pa
         return Err(bad("an absolute path is needed"));
     }
     Ok(Some(path))
+}
+
+fn expected_server(
+    expected: std::collections::HashMap<String, String>,
+) -> Result<BTreeMap<String, String>, Failure> {
+    for (name, value) in &expected {
+        own_server::check_expected(name, value).map_err(|why| {
+            Failure::invalid("BAD_EXPECTED_SERVER", format!("expected_server: {why}"))
+        })?;
+    }
+    Ok(expected.into_iter().collect())
 }
 
 fn owner(options: &pb::CloneOptions) -> Result<Owner, Failure> {

@@ -26,6 +26,7 @@ use crate::{
     job::registry::Clones,
     limits::LimitDefaults,
     metrics::RecipientMetrics,
+    preflight::{binary::ServerBinary, own_server},
     retry::{DONOR_TIMEOUT_MAX, STALL_TIMEOUT_MIN},
     settings::{self, CONCURRENCY_MAX},
 };
@@ -149,6 +150,20 @@ pub struct Settings {
     #[arg(long, value_name = "DURATION", default_value = "2min", env = "MARCOT_STALL_TIMEOUT",
           value_parser = stall_timeout)]
     pub stall_timeout: Duration,
+    /// A value that the server that is to run on clones has, by the name of its variable, as
+    /// innodb_page_size=16384: it is compared with the donor's, and goes before what a server says. May
+    /// be repeated.
+    #[arg(long, value_name = "NAME=VALUE", env = "MARCOT_EXPECT_SERVER", value_delimiter = ',',
+          value_parser = expected)]
+    pub expect_server: Vec<(String, String)>,
+    /// The program of the server that is to run on clones, mariadbd or mysqld: where no server runs
+    /// (--database-socket), what it prints for --verbose --help is compared with the donor's server.
+    #[arg(long, value_name = "FILE", env = "MARCOT_SERVER_BINARY")]
+    pub server_binary: Option<PathBuf>,
+    /// An argument that the server is started with, as --defaults-file=/etc/mysql/my.cnf; may be
+    /// repeated.
+    #[arg(long, value_name = "ARGUMENT", requires = "server_binary", allow_hyphen_values = true)]
+    pub server_argument: Vec<OsString>,
     /// How a clone replaces the server's own data.
     #[command(flatten)]
     pub install: InstallOptions,
@@ -161,6 +176,12 @@ pub struct Settings {
     /// What both daemons have.
     #[command(flatten)]
     pub server: ServerOptions,
+}
+
+fn expected(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write it as NAME=VALUE")?;
+    own_server::check_expected(name, value)?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 fn donor_timeout(text: &str) -> Result<Duration, String> {
@@ -277,6 +298,12 @@ fn check(settings: &Settings) -> Result<settings::Settings, Vec<String>> {
     Ok(settings::Settings {
         install: settings.install.settings(settings),
         data_directory: settings.data_directory.clone(),
+        state_directory: settings.state_directory.clone(),
+        expected_server: settings.expect_server.iter().cloned().collect(),
+        server_binary: settings
+            .server_binary
+            .clone()
+            .map(|path| ServerBinary { path, arguments: settings.server_argument.clone() }),
         allow_directories: settings.allow_directory.clone(),
         donors: Arc::new(donors),
         donor_tls,

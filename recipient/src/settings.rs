@@ -1,11 +1,14 @@
 //! What the operator has set, checked once at start.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use marcot_common::{connect::ClientTls, donor_list::DonorList, tls::Versions};
 use marcot_engine::EngineConfig;
 
-use crate::{certificate::signature::Signer, install::place::Form, limits::LimitDefaults};
+use crate::{
+    certificate::signature::Signer, install::place::Form, limits::LimitDefaults,
+    preflight::binary::ServerBinary,
+};
 
 /// Streams unless asked otherwise: one for each core, at most this many (the plugin's default of
 /// 16 is for hosts with as many cores).
@@ -27,6 +30,12 @@ pub struct Settings {
     pub donor_tls: ClientTls,
     /// Versions of TLS that are spoken with them.
     pub donor_tls_versions: Versions,
+    /// Where the history of clones is.
+    pub state_directory: PathBuf,
+    /// Values of the server that is to run on clones, by the names of its variables.
+    pub expected_server: BTreeMap<String, String>,
+    /// Its program, which is asked where no server runs.
+    pub server_binary: Option<ServerBinary>,
     /// Engine for CLONE LOCAL; `None` without a data directory.
     pub engine: Option<EngineConfig>,
     /// Limits of a clone that asks for none.

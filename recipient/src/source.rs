@@ -50,6 +50,8 @@ pub struct Opened {
     pub estimate: Totals,
     /// Entries left out, by reason.
     pub left_out: BTreeMap<String, u64>,
+    /// Storage engines that tables are in, where that is known.
+    pub storage_engines: Vec<String>,
 }
 
 /// The engine in this process, for CLONE LOCAL.
@@ -80,6 +82,7 @@ impl Source for LocalSource {
             position,
             estimate: self.snapshot.totals(position).unwrap_or_default(),
             left_out: self.snapshot.left_out(),
+            storage_engines: self.snapshot.storage_engines(),
         }
     }
 

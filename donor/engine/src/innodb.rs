@@ -12,6 +12,7 @@
 //! starts on it by its ordinary crash recovery, as of T.
 
 pub mod accounts;
+pub mod facts;
 pub mod health;
 pub mod mariadb;
 pub mod mysql;
@@ -49,7 +50,7 @@ use self::{
     server::{Facts, Server},
     snapshot::InnodbSnapshot,
 };
-use crate::{Engine, EngineConfig, ServerDescription, Snapshot, SnapshotOptions, files};
+use crate::{Engine, EngineConfig, Snapshot, SnapshotOptions, files, server_facts::ServerFacts};
 
 /// Makes snapshots of a live server.
 #[derive(Debug)]
@@ -98,15 +99,12 @@ impl Engine for InnodbEngine {
         &self.shared.data_directory
     }
 
-    fn describe(&self) -> Result<ServerDescription, Failure> {
-        let facts = Facts::ask(&self.shared.server, &mut self.shared.server.connect()?)?;
-        Ok(ServerDescription {
-            version: facts.version.clone(),
-            page_size: facts.page_size,
-            character_set: facts.variable("character_set_server").to_owned(),
-            collation: facts.variable("collation_server").to_owned(),
-            variables: facts.variables.into_iter().collect(),
-        })
+    /// Also of a server that cannot be cloned: what stands in the way is told as it is opened, and a
+    /// recipient compares the rest meanwhile.
+    fn describe(&self) -> Result<ServerFacts, Failure> {
+        let mut session = self.shared.server.connect()?;
+        let facts = Facts::read(&mut session)?;
+        facts::complete(&mut session, facts)
     }
 
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure> {

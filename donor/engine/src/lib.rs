@@ -11,6 +11,7 @@ mod files;
 #[doc(hidden)]
 pub mod innodb;
 mod options;
+pub mod server_facts;
 
 pub use innodb::DatabaseConfig;
 pub use options::EngineOptions;
@@ -35,6 +36,8 @@ use marcot_common::{
 use marcot_proto::common::v1::{ConsistencyLevel, Coordinates};
 use tonic::Code;
 
+use crate::server_facts::ServerFacts;
+
 /// Makes snapshots of one data directory.
 pub trait Engine: fmt::Debug + Send + Sync {
     /// The engine's name, as `--engine` takes it.
@@ -44,27 +47,12 @@ pub trait Engine: fmt::Debug + Send + Sync {
     fn data_directory(&self) -> &std::path::Path;
 
     /// What there is to say of the server whose directory it is; nothing where there is none.
-    fn describe(&self) -> Result<ServerDescription, Failure> {
-        Ok(ServerDescription::default())
+    fn describe(&self) -> Result<ServerFacts, Failure> {
+        Ok(ServerFacts::default())
     }
 
     /// Takes a snapshot: from here until the snapshot is dropped, what it lists can be read.
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure>;
-}
-
-/// A database server, as far as a recipient compares it with its own.
-#[derive(Debug, Clone, Default)]
-pub struct ServerDescription {
-    /// Version string.
-    pub version: String,
-    /// Page size, bytes.
-    pub page_size: u32,
-    /// Character set of the server.
-    pub character_set: String,
-    /// Collation of the server.
-    pub collation: String,
-    /// Variables that say what the copy is and where files are.
-    pub variables: BTreeMap<String, String>,
 }
 
 /// What the caller asks of a snapshot.
@@ -122,6 +110,11 @@ pub trait Snapshot: fmt::Debug + Send + Sync {
 
     /// Entries left out, by reason.
     fn left_out(&self) -> BTreeMap<String, u64>;
+
+    /// Storage engines that tables are in, ascending; none where that is not known.
+    fn storage_engines(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Entries of a list from a number on, in ascending path order.
     fn list(&self, at: Position, start: u64) -> Result<EntryIterator, Failure>;

@@ -118,6 +118,7 @@ pub(super) enum Command {
     #[command(flatten)]
     Start(StartCommand),
     /// Check everything that a clone would check first, and change nothing.
+    #[command(visible_alias = "preflight")]
     Validate {
         #[command(subcommand)]
         what: StartCommand,
@@ -370,6 +371,10 @@ pub(super) struct StartOptions {
     /// and `get` show it.
     #[arg(long, value_name = "GENERATION")]
     pub(super) expected_generation: Option<String>,
+    /// A value that the server that is to run on the clone has, by the name of its variable, as
+    /// innodb_page_size=16384, where no server runs there; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(super) expect_server: Vec<String>,
     /// An id of yours: the same id again is the same clone.
     #[arg(long, value_name = "ID")]
     pub(super) request_id: Option<String>,

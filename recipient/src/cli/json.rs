@@ -23,15 +23,16 @@ pub(super) fn clones(clones: &[Clone]) -> Value {
     json!({ "clones": clones.iter().map(clone).collect::<Vec<_>>() })
 }
 
+fn violation(violation: &Violation) -> Value {
+    json!({
+        "check": violation.check,
+        "subject": violation.subject,
+        "description": violation.description,
+    })
+}
+
 /// A command that failed.
 pub(super) fn failed(failure: &Failure) -> Value {
-    let violation = |violation: &Violation| {
-        json!({
-            "check": violation.check,
-            "subject": violation.subject,
-            "description": violation.description,
-        })
-    };
     json!({ "error": {
         "error_number": failure.mysql_error.unwrap_or(0),
         "reason": failure.reason,
@@ -57,6 +58,7 @@ pub(super) fn clone(clone: &Clone) -> Value {
             "reason": error.reason,
             "message": error.message,
             "metadata": error.metadata,
+            "violations": Failure::from_wire(error).violations.iter().map(violation).collect::<Vec<_>>(),
         })),
         "consistency_level": clone
             .consistency_level()
@@ -107,6 +109,7 @@ pub(super) fn clone(clone: &Clone) -> Value {
             "network_bytes_per_second_max": limits.network_bytes_per_second_max,
         })),
         "left_out": clone.left_out,
+        "findings": clone.findings.iter().map(finding).collect::<Vec<_>>(),
         "trace_id": clone.trace_id,
     })
 }
@@ -160,18 +163,19 @@ fn stage(row: &StageProgress) -> Value {
     })
 }
 
+fn finding(finding: &Finding) -> Value {
+    let status = FindingStatus::try_from(finding.status).unwrap_or_default();
+    json!({
+        "check": finding.check,
+        "status": status.as_str_name().trim_start_matches("FINDING_STATUS_").to_lowercase(),
+        "error_number": finding.error_number,
+        "reason": finding.reason,
+        "message": finding.message,
+        "action": finding.action,
+    })
+}
+
 pub(super) fn findings(answer: &ValidateCloneResponse) -> Value {
-    let finding = |finding: &Finding| {
-        let status = FindingStatus::try_from(finding.status).unwrap_or_default();
-        json!({
-            "check": finding.check,
-            "status": status.as_str_name().trim_start_matches("FINDING_STATUS_").to_lowercase(),
-            "error_number": finding.error_number,
-            "reason": finding.reason,
-            "message": finding.message,
-            "action": finding.action,
-        })
-    };
     json!({
         "valid": answer.valid,
         "findings": answer.findings.iter().map(finding).collect::<Vec<_>>(),

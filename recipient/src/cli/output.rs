@@ -82,6 +82,9 @@ impl Output {
         if let Some(install) = &clone.install {
             say!("  {}", clean(&install_line(install)));
         }
+        for line in notable_lines(&clone.findings) {
+            say!("  {}", clean(&line));
+        }
         for (reason, count) in &clone.left_out {
             say!("  left out: {count} of kind {}", clean(reason));
         }
@@ -217,6 +220,25 @@ fn finding_line(finding: &Finding) -> String {
         action => format!("; {action}"),
     };
     format!("{status:<12} {:<18} {}{action}{number}", finding.check, finding.message)
+}
+
+/// Warnings, and in one line for each reason what was not checked. What has failed is the error's.
+fn notable_lines(findings: &[Finding]) -> Vec<String> {
+    let mut lines: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.status() == FindingStatus::Warning)
+        .map(finding_line)
+        .collect();
+    let mut checks: Vec<&str> = findings
+        .iter()
+        .filter(|finding| finding.status() == FindingStatus::NotChecked)
+        .map(|finding| finding.check.as_str())
+        .collect();
+    checks.dedup();
+    if !checks.is_empty() {
+        lines.push(format!("not checked: {} (`marcot preflight` says why)", checks.join(", ")));
+    }
+    lines
 }
 
 /// Where an install stands, and what there is to do.

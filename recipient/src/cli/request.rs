@@ -1,6 +1,6 @@
 //! From what was typed to requests.
 
-use std::{io::Read as _, os::unix::ffi::OsStrExt as _, path::Path};
+use std::{collections::HashMap, io::Read as _, os::unix::ffi::OsStrExt as _, path::Path};
 
 use bytes::Bytes;
 use marcot_common::{
@@ -123,7 +123,21 @@ impl StartOptions {
             limits: limits(self.concurrency, self.bandwidth),
             discard_old_data_first: self.discard_old_data_first,
             attach_replica: self.replication()?,
+            validate_only: false,
+            expected_server: self.expected_server()?,
         })
+    }
+
+    fn expected_server(&self) -> Result<HashMap<String, String>, Failure> {
+        let pair = |text: &String| {
+            let (name, value) = text.split_once('=').ok_or_else(|| {
+                let text =
+                    format!("--expect-server {}: write it as NAME=VALUE", text.escape_debug());
+                Failure::invalid("BAD_EXPECTED_SERVER", text)
+            })?;
+            Ok((name.to_owned(), value.to_owned()))
+        };
+        self.expect_server.iter().map(pair).collect()
     }
 
     fn replication(&self) -> Result<Option<AttachReplica>, Failure> {

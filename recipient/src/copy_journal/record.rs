@@ -134,7 +134,7 @@ impl ListKept {
     /// Of a list.
     #[must_use]
     pub fn new(file: String, totals: Totals) -> Self {
-        let Totals { entries, files, size_bytes, allocated_bytes, data_bytes } = totals;
+        let Totals { entries, files, size_bytes, allocated_bytes, data_bytes, .. } = totals;
         Self { file, entries, files, size_bytes, allocated_bytes, data_bytes }
     }
 
@@ -147,6 +147,7 @@ impl ListKept {
             size_bytes: self.size_bytes,
             allocated_bytes: self.allocated_bytes,
             data_bytes: self.data_bytes,
+            ..Totals::default()
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A clone that goes on with what an earlier run of it has staged.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -129,7 +129,8 @@ impl CloneJob {
         }
         let mut findings = Findings::default();
         target::check(&self.request, &self.settings, &mut findings);
-        server_paths::check(&self.request, self.settings.engine.as_ref(), &mut findings).await;
+        let engine = self.settings.engine.as_ref();
+        server_paths::check(&self.request, engine, &BTreeMap::new(), &mut findings).await;
         if let Some(failure) = findings.into_failure() {
             return Err(failure);
         }

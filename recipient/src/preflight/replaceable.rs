@@ -5,7 +5,10 @@ use std::path::Path;
 use marcot_common::failure::Failure;
 use marcot_engine::{
     EngineConfig,
-    innodb::health::{self, Replaceable},
+    innodb::{
+        facts::{self, Surroundings},
+        health::{self, Replaceable},
+    },
 };
 
 use super::Findings;
@@ -29,6 +32,7 @@ pub(super) async fn check(
         findings.not_checked(CHECK, "no --database-socket to ask the server by");
         return;
     }
+    let of_surroundings = database.clone();
     let asked = blocking(move || health::ask_replaceable(&database)).await;
     let server = match asked {
         Ok(server) => server,
@@ -58,6 +62,53 @@ pub(super) async fn check(
                 .to_owned(),
         );
     }
+    if server.is_read_only {
+        findings.warning(
+            "read_only",
+            "the server takes no writes now (read_only or super_read_only is on)".to_owned(),
+            "the clone is installed all the same; its server starts as its configuration says: see \
+             that read_only is set there"
+                .to_owned(),
+        );
+    }
+    match blocking(move || facts::ask_surroundings(&of_surroundings)).await {
+        Ok(found) => surroundings(&found, findings),
+        Err(failure) => findings.not_checked("replication", failure.message),
+    }
+}
+
+/// What the server is part of, and what of it the new data leave behind.
+fn surroundings(found: &Surroundings, findings: &mut Findings) {
+    if !found.sources.is_empty() {
+        findings.warning(
+            "replication",
+            format!("the server replicates from {}, which ends here", found.sources.join(", ")),
+            "make it a replica again after the clone (--attach-replica, or the statement that the \
+             clone ends with)"
+                .to_owned(),
+        );
+    }
+    if found.replicas > 0 {
+        findings.warning(
+            "replicas",
+            format!("{} replicas read the server's binary log, which ends here", found.replicas),
+            "make them replicas of another server, or clone them as well".to_owned(),
+        );
+    }
+    if !found.outside.is_empty() {
+        findings.warning(
+            "tables_outside",
+            format!(
+                "tables of the old data lie outside the data directory: {}; a rollback needs them, \
+                 and nothing removes them",
+                found.outside.join(", ")
+            ),
+            "remove them once the clone is accepted".to_owned(),
+        );
+    }
+    for not_told in &found.not_told {
+        findings.not_checked("replication", format!("the account may not ask {not_told}"));
+    }
 }
 
 fn in_no_cluster(server: &Replaceable) -> Result<String, Failure> {
@@ -83,4 +134,34 @@ fn in_no_cluster(server: &Replaceable) -> Result<String, Failure> {
 fn is_outside(path: &str, data_directory: &Path) -> bool {
     let path = Path::new(path);
     path.is_absolute() && !path.starts_with(data_directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use marcot_proto::recipient::v1::FindingStatus;
+
+    use super::*;
+
+    #[test]
+    fn what_a_server_is_part_of_is_told() {
+        let checked = |found: &Surroundings| {
+            let mut findings = Findings::default();
+            surroundings(found, &mut findings);
+            findings.all().iter().map(|f| (f.check.clone(), f.status())).collect::<Vec<_>>()
+        };
+        assert_eq!(checked(&Surroundings::default()), []);
+        let all = Surroundings {
+            sources: vec!["db:3306".to_owned()],
+            replicas: 2,
+            outside: vec!["far.t in /far/t.ibd".to_owned()],
+            not_told: vec!["whether it is a replica: denied".to_owned()],
+        };
+        let expected = [
+            ("replication", FindingStatus::Warning),
+            ("replicas", FindingStatus::Warning),
+            ("tables_outside", FindingStatus::Warning),
+            ("replication", FindingStatus::NotChecked),
+        ];
+        assert_eq!(checked(&all), expected.map(|(check, status)| (check.to_owned(), status)));
+    }
 }

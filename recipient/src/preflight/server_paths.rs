@@ -1,7 +1,7 @@
 //! Whether the tree that is replaced is all of its server's: redo that lies elsewhere would stay,
 //! and the clone would start on it (R9).
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use marcot_common::failure::Failure;
 use marcot_engine::{EngineConfig, innodb::paths};
@@ -14,10 +14,12 @@ const CHECK: &str = "server_paths";
 /// Where redo is in a data directory: one file of MariaDB's, a directory of MySQL's.
 const REDO: [&str; 2] = ["ib_logfile0", "#innodb_redo"];
 
-/// Asks the server; one that cannot be asked is judged by what it has left in its data directory.
+/// Asks the server; one that cannot be asked is judged by the variables that its program would start
+/// with, where those are known, and by what it has left in its data directory.
 pub(crate) async fn check(
     request: &CloneRequest,
     engine: Option<&EngineConfig>,
+    variables: &BTreeMap<String, String>,
     findings: &mut Findings,
 ) {
     if request.form.is_none() {
@@ -38,16 +40,19 @@ pub(crate) async fn check(
     };
     match asked {
         Ok(()) => findings.passed(CHECK, "all that the server has is in its data directory"),
-        Err(why) => match has_its_redo(&request.target) {
-            Ok(()) => findings.warning(
-                CHECK,
-                format!("where the server keeps its files is not checked: {why}"),
-                "see that innodb_log_group_home_dir and the like are the data directory, or have \
-                 the server run and give --database-socket"
-                    .to_owned(),
-            ),
-            Err(failure) => findings.failed(CHECK, failure),
-        },
+        Err(why) => {
+            let by_program = paths::check_variables(variables, &request.target);
+            match by_program.and_then(|()| has_its_redo(&request.target)) {
+                Ok(()) => findings.warning(
+                    CHECK,
+                    format!("where the server keeps its files is not checked: {why}"),
+                    "see that innodb_log_group_home_dir and the like are the data directory, or \
+                     have the server run and give --database-socket"
+                        .to_owned(),
+                ),
+                Err(failure) => findings.failed(CHECK, failure),
+            }
+        }
     }
 }
 

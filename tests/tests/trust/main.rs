@@ -3,6 +3,7 @@
 mod addresses;
 mod capture;
 mod database;
+mod preflight;
 mod roles;
 mod rotation;
 mod socket;

@@ -104,6 +104,8 @@ pub struct Replaceable {
     pub ignored_directories: Vec<String>,
     /// Where its binary log is, when it writes one.
     pub binlog_basename: Option<String>,
+    /// Whether it takes no writes but a replica's.
+    pub is_read_only: bool,
 }
 
 /// Asks a server that runs on the data that are to be replaced.
@@ -112,7 +114,8 @@ pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> 
     let rows = session
         .rows(
             "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
-             ('wsrep_on', 'group_replication_group_name', 'ignore_db_dirs', 'log_bin_basename')",
+             ('wsrep_on', 'group_replication_group_name', 'ignore_db_dirs', 'log_bin_basename', \
+              'read_only', 'super_read_only')",
         )
         .map_err(|e| e.failure("ask the server"))?;
     let mut found = Replaceable::default();
@@ -124,6 +127,10 @@ pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> 
             "group_replication_group_name" => has_group_plugin = true,
             "ignore_db_dirs" => {
                 found.ignored_directories = value.split(',').map(str::to_owned).collect();
+            }
+            // MariaDB has more words for it than ON.
+            "read_only" | "super_read_only" => {
+                found.is_read_only |= !value.eq_ignore_ascii_case("OFF");
             }
             "log_bin_basename" if !value.is_empty() => found.binlog_basename = Some(value),
             _ => {}

@@ -1,7 +1,10 @@
 //! Where a server keeps its files: all that a tree is made of must be at the top of its data
 //! directory (R9), of a donor to be copied, of a recipient to be replaced.
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
 
 use marcot_common::failure::{Failure, Violation};
 use tonic::Code;
@@ -96,6 +99,28 @@ pub(super) fn check(session: &mut Session, data_directory: &Path) -> Result<(), 
             ),
         ));
     }
+    refuse_own(variable, own)
+}
+
+/// As `check_replaceable`, by the variables that a server's program would start with: none stand for
+/// a program that was not asked.
+pub fn check_variables(
+    variables: &BTreeMap<String, String>,
+    data_directory: &Path,
+) -> Result<(), Failure> {
+    let variable = |name: &str| variables.get(name).map_or("", String::as_str);
+    if variable("datadir").is_empty() {
+        return Ok(());
+    }
+    let own = Path::new(variable("datadir"));
+    if own != data_directory && !is_same(own, data_directory) {
+        // Another instance's configuration says nothing of this one.
+        return Ok(());
+    }
+    refuse_own(variable, own)
+}
+
+fn refuse_own<'a>(variable: impl Fn(&str) -> &'a str, own: &Path) -> Result<(), Failure> {
     let elsewhere: Vec<_> = elsewhere(variable)
         .into_iter()
         // The same directory by another name.

@@ -404,20 +404,37 @@ const VARIABLES: &[&str] = &[
     "innodb_redo_log_encrypt",
     "binlog_encryption",
     "gtid_mode",
+    "version_compile_os",
+    "version_compile_machine",
+    "character_set_filesystem",
+    "innodb_undo_tablespaces",
+    "max_allowed_packet",
+    "read_only",
+    "super_read_only",
+    "plugin_dir",
 ];
 
 impl Facts {
-    /// Asks the server, and refuses one that this engine does not know.
+    /// Asks the server, and refuses one that this engine does not know, with all that is wrong.
     pub(super) fn ask(server: &Server, session: &mut Session) -> Result<Self, Failure> {
+        let facts = Self::read(session)?;
+        match Failure::all_of(facts.problems(server.allows_untested_version())) {
+            Some(failure) => Err(failure),
+            None => Ok(facts),
+        }
+    }
+
+    /// Asks whatever server it is.
+    pub(super) fn read(session: &mut Session) -> Result<Self, Failure> {
         let failed = |e: SqlError| e.failure("ask for the server's variables");
         let names: Vec<String> = VARIABLES.iter().map(|name| format!("'{name}'")).collect();
         let sql = format!("SHOW GLOBAL VARIABLES WHERE Variable_name IN ({})", names.join(","));
         let rows = session.rows(&sql).map_err(failed)?;
         let lower = |row: &Row| (row.text(0).to_ascii_lowercase(), row.text(1));
-        Self::of(rows.iter().map(lower).collect(), server.allows_untested_version())
+        Ok(Self::of(rows.iter().map(lower).collect()))
     }
 
-    fn of(variables: Vec<(String, String)>, allow_untested_version: bool) -> Result<Self, Failure> {
+    fn of(variables: Vec<(String, String)>) -> Self {
         let mut facts = Self {
             flavor: Flavor::MariaDb,
             version: String::new(),
@@ -436,8 +453,7 @@ impl Facts {
         facts.server_id = facts.variable("server_id").parse().unwrap_or(0);
         facts.page_size = facts.variable("innodb_page_size").parse().unwrap_or(0);
         facts.has_binlog = facts.variable("log_bin") == "ON";
-        facts.check(allow_untested_version)?;
-        Ok(facts)
+        facts
     }
 
     /// A variable; empty when the server has none of that name.
@@ -459,13 +475,15 @@ impl Facts {
         Ok(())
     }
 
-    fn check(&self, allow_untested_version: bool) -> Result<(), Failure> {
-        self.check_version(allow_untested_version)?;
+    /// All that this engine does not clone about it.
+    pub(super) fn problems(&self, allow_untested_version: bool) -> Vec<Failure> {
+        let mut problems: Vec<Failure> =
+            self.check_version(allow_untested_version).err().into_iter().collect();
         if self.flavor == Flavor::MySql {
-            mysql::server::check(self)?;
+            problems.extend(mysql::server::problems(self));
         }
         if self.variable("wsrep_on").eq_ignore_ascii_case("ON") {
-            return Err(Failure::precondition(
+            problems.push(Failure::precondition(
                 "GALERA",
                 "the server is a node of a Galera cluster (wsrep_on=ON), which this engine does not \
                  clone; clone an asynchronous replica instead",
@@ -473,9 +491,9 @@ impl Facts {
         }
         if !matches!(self.page_size, 4096 | 8192 | 16384 | 32768 | 65536) {
             let text = format!("innodb_page_size is {}", self.page_size);
-            return Err(Failure::precondition("UNSUPPORTED_PAGE_SIZE", text));
+            problems.push(Failure::precondition("UNSUPPORTED_PAGE_SIZE", text));
         }
-        Ok(())
+        problems
     }
 
     fn check_version(&self, allow_untested: bool) -> Result<(), Failure> {
@@ -548,7 +566,8 @@ mod tests {
         let changed = |(n, v): (&str, &str)| {
             (n.to_owned(), if n == name { value.to_owned() } else { v.to_owned() })
         };
-        Facts::of(all.map(changed).to_vec(), false)
+        let facts = Facts::of(all.map(changed).to_vec());
+        Failure::all_of(facts.problems(false)).map_or(Ok(facts), Err)
     }
 
     /// Guards the list of versions: the log and the pages of any other were never tried.

@@ -13,7 +13,7 @@ mod rounds;
 mod system;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -69,6 +69,8 @@ pub(super) struct InnodbSnapshot {
     tree: Tree,
     system: System,
     counts: Arc<PageCounts>,
+    /// Storage engines that tables were in as it was opened.
+    engines: BTreeSet<&'static str>,
     /// One walk or cut at a time, and what it counts.
     advancing: Mutex<Advancing>,
     /// Held for moments only.
@@ -169,12 +171,22 @@ impl InnodbSnapshot {
         options: &SnapshotOptions,
     ) -> Result<Self, Failure> {
         let mut session = shared.server.connect()?;
-        let facts = Facts::ask(&shared.server, &mut session)?;
-        match facts.flavor {
-            Flavor::MariaDb => mariadb::privileges::check_privileges(&mut session)?,
-            Flavor::MySql => mysql::server::check_privileges(&mut session)?,
-        }
-        let classifier = Classifier::new(&facts)?;
+        let facts = Facts::read(&mut session)?;
+        // All that is wrong at once: each is a person's errand.
+        let mut problems = facts.problems(shared.server.allows_untested_version());
+        let privileges = match facts.flavor {
+            Flavor::MariaDb => mariadb::privileges::check_privileges(&mut session),
+            Flavor::MySql => mysql::server::check_privileges(&mut session),
+        };
+        problems.extend(privileges.err());
+        let classifier = match Classifier::new(&facts) {
+            Ok(classifier) if problems.is_empty() => classifier,
+            other => {
+                problems.extend(other.err());
+                let all = Failure::all_of(problems);
+                return Err(all.unwrap_or_else(|| Failure::bug("problems that are none")));
+            }
+        };
         let tree = Tree::open(&shared.data_directory)?;
         check_same_server(&mut session, &tree, &classifier)?;
         // MySQL builds indexes and imports tablespaces without redo, and names no moment at which
@@ -200,6 +212,7 @@ impl InnodbSnapshot {
         let waits: Progress<'_> = &mut |_| options.waiting.check();
         let first = compare::relist(&tree, &mut survey, None, spool, waits)?;
         survey.check_engines()?;
+        let engines = std::mem::take(&mut survey.engines);
         late::check_size(&tree, &survey.late, shared.quota)?;
         clock::settle(first.newest_whole_second);
         let listed = listed(&hold, &first.base)?;
@@ -224,6 +237,7 @@ impl InnodbSnapshot {
             tree,
             system,
             counts: Arc::default(),
+            engines,
             advancing: Mutex::new(Advancing { unsettled, listed, early, ddl }),
             state: Mutex::new(state),
             shared,
@@ -316,6 +330,10 @@ impl Snapshot for InnodbSnapshot {
 
     fn left_out(&self) -> BTreeMap<String, u64> {
         self.state().base.left_out.clone()
+    }
+
+    fn storage_engines(&self) -> Vec<String> {
+        self.engines.iter().map(ToString::to_string).collect()
     }
 
     fn list(&self, at: Position, start: u64) -> Result<EntryIterator, Failure> {

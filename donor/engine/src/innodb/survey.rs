@@ -1,7 +1,12 @@
 //! Walks the data directory of a live server: tells tablespaces from other files, and marks each
 //! tablespace by what it is, so that the next walk finds out when another one has taken its place.
 
-use std::{collections::HashSet, fs::File, os::fd::BorrowedFd, os::unix::fs::FileExt as _};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fs::File,
+    os::fd::BorrowedFd,
+    os::unix::fs::FileExt as _,
+};
 
 use marcot_common::{entry::Kind, failure::Failure, path::RelativePath};
 use rustix::fs::{AtFlags, StatxFlags};
@@ -82,6 +87,8 @@ pub(super) struct Survey<'a> {
     pub(super) late: Vec<RelativePath>,
     /// Tables whose engine's files are not known, and the engine; the first few.
     foreign: Vec<(RelativePath, String)>,
+    /// Engines of all other tables.
+    pub(super) engines: BTreeSet<&'static str>,
 }
 
 impl<'a> Survey<'a> {
@@ -99,6 +106,7 @@ impl<'a> Survey<'a> {
             unsettled,
             late: Vec::new(),
             foreign: Vec::new(),
+            engines: BTreeSet::new(),
         }
     }
 
@@ -124,10 +132,14 @@ impl<'a> Survey<'a> {
         let file = owned(path, file)?;
         let filled = read_up_to(&file, &mut bytes)
             .map_err(|e| Failure::io("read table definition", path.as_path(), &e))?;
-        if let TableEngine::Other(engine) = table_engine(&bytes[..filled])
-            && self.foreign.len() < FOREIGN_MAX
-        {
-            self.foreign.push((path.clone(), engine));
+        match table_engine(&bytes[..filled]) {
+            TableEngine::Other(engine) if self.foreign.len() < FOREIGN_MAX => {
+                self.foreign.push((path.clone(), engine));
+            }
+            TableEngine::Copied(engine) => {
+                self.engines.insert(engine);
+            }
+            TableEngine::Other(_) | TableEngine::None => {}
         }
         Ok(())
     }
@@ -201,6 +213,9 @@ impl Judge for Survey<'_> {
         }
         if found.path.name().ends_with(b".sdi") && !found.path.as_bytes().starts_with(b"mysql/") {
             self.note_engine_of_sdi(&found.path, file)?;
+        }
+        if matches!(class, Class::Table | Class::System(_)) {
+            self.engines.insert("InnoDB");
         }
         if class == Class::Redo {
             // Not the file at hand, which may be replaced by a resize or retired: what is composed

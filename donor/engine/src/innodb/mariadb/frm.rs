@@ -13,8 +13,8 @@ const PARTITION: u8 = 20;
 pub enum TableEngine {
     /// A view, or no definition of a table.
     None,
-    /// An engine whose files are copied.
-    Copied,
+    /// An engine whose files are copied, by its name.
+    Copied(&'static str),
     /// Another one, by its name or number.
     Other(String),
 }
@@ -31,9 +31,16 @@ pub fn table_engine(bytes: &[u8]) -> TableEngine {
     // A partitioned table names the engine of its partitions here.
     let number = if *number == PARTITION { *default } else { *number };
     match number {
-        // MEMORY, MyISAM, MERGE, InnoDB, ARCHIVE, CSV, BLACKHOLE, performance_schema, Aria,
-        // sequences. 0: partitions of an engine that is named elsewhere.
-        6 | 9 | 10 | 12 | 16 | 17 | 19 | 28 | 42 | 44 => TableEngine::Copied,
+        6 => TableEngine::Copied("MEMORY"),
+        9 => TableEngine::Copied("MyISAM"),
+        10 => TableEngine::Copied("MRG_MyISAM"),
+        12 => TableEngine::Copied("InnoDB"),
+        16 => TableEngine::Copied("ARCHIVE"),
+        17 => TableEngine::Copied("CSV"),
+        19 => TableEngine::Copied("BLACKHOLE"),
+        28 => TableEngine::Copied("PERFORMANCE_SCHEMA"),
+        42 => TableEngine::Copied("Aria"),
+        44 => TableEngine::Copied("SEQUENCE"),
         18 => TableEngine::Other("FEDERATED".to_owned()),
         41 => TableEngine::Other("S3".to_owned()),
         43 => TableEngine::Other("TokuDB".to_owned()),
@@ -86,8 +93,9 @@ mod tests {
 
     #[test]
     fn engines_are_told_by_number_and_others_by_name() {
-        assert_eq!(table_engine(&definition(12, 0, b"InnoDB")), TableEngine::Copied);
-        assert_eq!(table_engine(&definition(20, 12, b"partition")), TableEngine::Copied);
+        let innodb = TableEngine::Copied("InnoDB");
+        assert_eq!(table_engine(&definition(12, 0, b"InnoDB")), innodb);
+        assert_eq!(table_engine(&definition(20, 12, b"partition")), innodb);
         let other = TableEngine::Other("ROCKSDB".to_owned());
         assert_eq!(table_engine(&definition(45, 0, b"ROCKSDB")), other);
         assert_eq!(table_engine(&definition(41, 0, b"S3")), TableEngine::Other("S3".to_owned()));

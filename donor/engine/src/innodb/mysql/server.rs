@@ -9,24 +9,25 @@ use crate::innodb::server::{Facts, Session};
 /// Most files outside the data directory that one error names.
 const OUTSIDE_MAX: usize = 20;
 
-/// Fails for settings that this engine cannot follow.
-pub(in crate::innodb) fn check(facts: &Facts) -> Result<(), Failure> {
+/// Settings that this engine cannot follow.
+pub(in crate::innodb) fn problems(facts: &Facts) -> Vec<Failure> {
+    let mut problems = Vec::new();
     let is_on = |name| facts.variable(name).eq_ignore_ascii_case("ON");
     if is_on("innodb_redo_log_encrypt") {
-        return Err(Failure::precondition(
+        problems.push(Failure::precondition(
             "REDO_LOG_ENCRYPTED",
             "the redo log is encrypted (innodb_redo_log_encrypt=ON): it cannot be cut at a point \
              without the server's key; switch it off, and clone again",
         ));
     }
     if is_on("binlog_encryption") {
-        return Err(Failure::precondition(
+        problems.push(Failure::precondition(
             "BINLOG_ENCRYPTED",
             "the binary log is encrypted (binlog_encryption=ON): its end decides prepared \
              transactions, and cannot be read; switch encryption off, and clone again",
         ));
     }
-    Ok(())
+    problems
 }
 
 /// Fails unless the account may do all that a clone needs.
