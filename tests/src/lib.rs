@@ -35,8 +35,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Longest wait for anything that a test waits for: a loaded machine with two cores.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for anything that a test waits for: a loaded machine with two cores, and a snapshot of a
+/// recipient that was killed, which goes with its lease of 60 s.
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Waits until `condition` gives something; panics with `what` when it never does.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
