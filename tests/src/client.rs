@@ -1,5 +1,7 @@
 //! Calls on a recipient under test.
 
+use std::time::Duration;
+
 use marcot_proto::{
     common::v1::Failure,
     recipient::v1::{
@@ -10,6 +12,9 @@ use marcot_proto::{
 use tonic::transport::Channel;
 
 use crate::Recipient;
+
+/// Longest clone that is waited for: 4 GiB at 100 Mbit/s take six minutes.
+const END_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// A client of a recipient, in plaintext on loopback.
 pub async fn recipient(recipient: &Recipient) -> RecipientServiceClient<Channel> {
@@ -34,9 +39,13 @@ pub async fn wait_for_end(client: &mut RecipientServiceClient<Channel>, name: &s
     let request = WatchCloneRequest { name: name.to_owned(), ..Default::default() };
     let mut stream = client.watch_clone(request).await.expect("the clone exists").into_inner();
     let mut last = None;
-    while let Some(message) = stream.message().await.expect("the watch goes on") {
-        last = message.clone;
-    }
+    let watch = async {
+        while let Some(message) = stream.message().await.expect("the watch goes on") {
+            last = message.clone;
+        }
+    };
+    let ended = tokio::time::timeout(END_MAX, watch).await;
+    assert!(ended.is_ok(), "a clone has not ended in {END_MAX:?}: {last:?}");
     last.expect("a watch sends the clone")
 }
 

@@ -220,3 +220,47 @@ fn overrun(what: &str, position: u64, capacity: u64) -> Failure {
         ),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::innodb::mariadb::redo::{HEADER_BYTES, START_OFFSET};
+
+    /// A log's file: its head, and these mini-transactions of its first lap.
+    fn made(directory: &Path, mtrs: &[Vec<u8>]) -> RedoLog {
+        let mut head = vec![0; HEADER_BYTES];
+        head[..4].copy_from_slice(b"Phys");
+        head[8..16].copy_from_slice(&START_OFFSET.to_be_bytes());
+        let crc = crc32c::crc32c(&head[..508]);
+        head[508..].copy_from_slice(&crc.to_be_bytes());
+        head.resize(usize::try_from(START_OFFSET).unwrap(), 0);
+        let mut file = [head, mtrs.concat()].concat();
+        file.resize(1 << 20, 0);
+        std::fs::write(directory.join(log_file::LOG_NAME), file).unwrap();
+        RedoLog::open(Flavor::MariaDb, directory).unwrap()
+    }
+
+    /// A page's change, in a mini-transaction of its own.
+    fn mtr(page: u8) -> Vec<u8> {
+        let record = [0x35, 7, page, 1, 2, page];
+        [&record[..], &[1], &crc32c::crc32c(&record).to_be_bytes()].concat()
+    }
+
+    /// Guards the bound by the flushed LSN. What lies beyond it may be right by its checksum and its
+    /// lap's bit, and be something else a moment later: here it is right. With `read` filling its
+    /// buffer all of it is taken.
+    #[test]
+    fn nothing_is_taken_beyond_what_was_flushed() {
+        let directory = tempfile::tempdir().unwrap();
+        let mtrs: Vec<_> = (1..=5).map(mtr).collect();
+        let length = mtrs[0].len() as u64;
+        for flushed in START_OFFSET + 1..=START_OFFSET + 5 * length {
+            let mut log = made(directory.path(), &mtrs);
+            let mut buffer = vec![0; 4096];
+            let read = log.read(START_OFFSET, flushed, &mut buffer, directory.path()).unwrap();
+            let taken = log.take(START_OFFSET, flushed, &mut buffer[..read]).unwrap();
+            let whole = (flushed - START_OFFSET) / length;
+            assert_eq!(taken.position, START_OFFSET + whole * length, "flushed up to {flushed}");
+        }
+    }
+}
