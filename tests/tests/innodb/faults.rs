@@ -195,9 +195,9 @@ async fn locks_that_cannot_be_had_end_in_an_error_that_names_them() {
     live.clone_and_check("clone", load).await;
 }
 
-/// Guards R5, the quota of the spool: what a clone needs that is over it is freed, and nobody else
-/// reads what was freed. With `dropped_to` not asked, the other clone joins that spool and ends in
-/// REDO_INVALID after all of its copy. The first one's gap is closed by pages.
+/// Guards R5, the quota of the spool: a clone that needs more than it costs another one nothing, and
+/// the first one's gap is closed by pages. That nobody reads what was freed (`dropped_to`) is not shown
+/// here: the second begins at a later checkpoint, and the story passes without it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_over_its_quota_costs_another_one_nothing() {
     let mut live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);

@@ -108,7 +108,8 @@ async fn redo_that_outgrows_its_bound_is_replaced_by_pages() {
     assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
 }
 
-/// Guards R6: the donor was away while the log came round; pages close the gap.
+/// Guards R6: the donor was away while the log came round; pages close the gap. With none of them sent
+/// no server starts on the clone: its log has changes of pages that are older.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gap_in_the_redo_is_closed_by_pages() {
     let live = start(Version::V10_11, &["--innodb-log-file-size=8M"]);
@@ -258,7 +259,8 @@ async fn tables_with_older_checksums_arrive() {
 
 /// Guards R3: a tablespace that takes another's place, imported without redo, is copied again, and
 /// recovery begins after the redo that says that it was deleted. Without the latter the update is
-/// lost in the clone.
+/// lost in the clone. It is the next walk that finds the other file: the look at the inode when a file
+/// is opened only tells earlier, and the story passes without it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tablespace_imported_while_it_is_copied_arrives() {
     let live = Live::start(Version::V10_11, &[], 8 << 20);
@@ -292,7 +294,8 @@ async fn a_tablespace_imported_while_it_is_copied_arrives() {
 }
 
 /// Guards R7 on a live server: pages of an older copy are used where the donor's page, read after C,
-/// is the same, and never for its log.
+/// is the same, and never for its log. With a donor that finds every block equal no server starts on
+/// the clone.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_server_is_cloned_onto_an_older_copy() {
     let live = start(Version::V10_11, &["--innodb-log-file-size=16M"]);

@@ -69,7 +69,7 @@ async fn tables_that_cannot_be_cloned_are_named() {
 }
 
 /// Guards R9: a link that leaves the tree, as MyISAM makes them for DATA DIRECTORY, and files that
-/// variables of the server place elsewhere.
+/// variables of the server place elsewhere. Without either look its clone completes.
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_lie_elsewhere_are_named() {
     let arguments = ["--innodb-undo-directory={home}/undo", "--innodb-undo-tablespaces=2"];
@@ -140,7 +140,8 @@ async fn a_data_directory_of_another_server_is_refused() {
 }
 
 /// Guards R3 and the page check: a page of right checksum in a wrong place, one with a flipped bit,
-/// and one of another table are found and named; nothing is installed.
+/// and one of another table are found and named; nothing is installed. Without the check of the number,
+/// or of the space id, its page is cloned.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_pages_fail_the_clone_and_are_named() {
     use std::os::unix::fs::FileExt as _;

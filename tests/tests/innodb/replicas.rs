@@ -112,7 +112,7 @@ async fn a_parallel_replica_that_logs_is_cloned() {
 
 /// Guards that the server itself starts the SQL threads again: with START SLAVE sent by the donor,
 /// as an earlier form had it, they rest until somebody looks. A frozen donor's named lock goes with
-/// its connection, after 60 s of silence.
+/// its connection, after 60 s of silence. With no rest at all the threads are seen to run at the cut.
 async fn a_donor_is_struck_while_the_replica_rests(blow: Blow) {
     let all = Replicated::start(&["--log-slave-updates=ON"]);
     let Replicated { live, replica, load } = &all;

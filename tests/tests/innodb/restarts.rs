@@ -164,7 +164,8 @@ fn number(row: &str) -> u64 {
 }
 
 /// Guards the lineage: a database that was set back to an earlier state under the clone needs another
-/// snapshot. Without it a clone has pages of one history and redo of another.
+/// snapshot. With its checks taken out the first snapshot goes on: pages of one history, redo of
+/// another.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_was_set_back_costs_another_snapshot() {
     let mut live = Live::start(Version::V10_11, &[], 1 << 20);

@@ -52,7 +52,8 @@ fn verify(directory: &Path) -> (Option<i32>, String) {
 
 /// Guards the certificate's digests: they are of what arrived, so a bit that flips on this host's
 /// disk is found, later by `verify`, or before the install where that was asked for. Without the
-/// second reading the clone is installed with the flipped bit.
+/// second reading the clone is installed with the flipped bit, and so it is with digests that are read
+/// back from the disk.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_that_flips_on_the_disk_is_named_later_or_never_installed() {
     let mut net = Net::start(&[]).await;
