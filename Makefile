@@ -4,8 +4,8 @@
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help demo test lint compare clients bench descriptor \
-	soak crash-matrix faults fuzz test-mysql deploy-test audit sbom
+.PHONY: help demo test lint compare clients bench descriptor api-reference \
+	soak crash-matrix faults fuzz test-mysql deploy-test audit sbom dashboards packages removals skew
 
 help:
 	@echo "make demo                   clone a sample directory over TLS, and check the copy"
@@ -26,9 +26,17 @@ help:
 	@echo "make crash-matrix KILLS=100 CUTS=50"
 	@echo "                            kill and power-cut installs after every step and at random"
 	@echo "make faults N=200 [SEED=x]  break something in each of N clones of a live MariaDB"
-	@echo "make fuzz                   run the parsers' fuzz targets, FUZZ_SECONDS=300 each"
+	@echo "make removals [ONLY=x] [AREA=x]"
+	@echo "                            take out one mechanism after the other: the stories that guard it must fail"
+	@echo "make fuzz [EACH=seconds]    run the parsers' fuzz targets, and tell the lines that they reach"
+	@echo "make fuzz PLANT=1           find a bug that is planted in each parser"
+	@echo "make skew                   clone between the programs of today and the first ones of v1"
+	@echo "make dashboards             ask a Prometheus all that dashboards and alerts ask, over a real clone"
 	@echo "make audit                  look the dependencies up among the published advisories"
 	@echo "make sbom                   bill of materials of what ships (CycloneDX), checked"
+	@echo "make api-reference          write docs/api.md from the .proto files"
+	@echo "make deploy-test            build images, check every manifest, play two overlays by podman"
+	@echo "make packages               Debian packages: built, linted, installed in a clean Debian, upgraded, purged"
 	@echo "make descriptor             accept the API as it is now for buf breaking"
 
 ENGINE ?= files
@@ -62,6 +70,10 @@ descriptor:
 	@tests/tools/setup.sh lint
 	@tests/tools/descriptor.sh
 
+api-reference:
+	@tests/tools/setup.sh lint
+	@.tools/venv/bin/python tests/tools/api_reference.py
+
 soak:
 	@tests/tools/setup.sh test $(if $(filter mysql,$(DATABASE)),mysql)
 	@tests/tools/soak.sh
@@ -78,8 +90,20 @@ faults:
 	@tests/tools/setup.sh test
 	@tests/tools/faults.sh
 
+removals:
+	@tests/tools/setup.sh test
+	@tests/tools/setup.sh mysql || [ $$? -eq 3 ]
+	@tests/tools/removals.py --only "$(ONLY)" --area "$(AREA)"
+
+skew:
+	@tests/tools/skew.sh
+
 test-mysql:
 	@tests/tools/test_mysql.sh
+
+dashboards:
+	@tests/tools/setup.sh test
+	@tests/tools/dashboards.sh
 
 # Ends with an error also where it could not run.
 audit:
@@ -90,5 +114,9 @@ sbom:
 	@python3 tests/tools/sbom.py "$${CARGO_TARGET_DIR:-target}/sbom/marcot.cdx.json"
 
 deploy-test:
-	@echo "make $@: not available yet" >&2
-	@exit 1
+	@tests/tools/setup.sh test deploy
+	@tests/tools/deploy_test.sh
+
+packages:
+	@tests/tools/setup.sh packages
+	@tests/tools/packages.sh

@@ -16,7 +16,7 @@ use tower::{Layer, Service};
 
 pub use crate::connection::Privilege;
 use crate::{
-    connection::{Connection, ConnectionInfo, Identity},
+    connection::{Connection, ConnectionInfo, ConnectionNumber, Identity},
     failure::Failure,
     identities::IdentitiesFile,
     network::Network,
@@ -189,6 +189,10 @@ pub struct Caller {
     pub snapshot: Option<String>,
     /// Address.
     pub peer: Option<SocketAddr>,
+    /// The connection that it calls on.
+    pub connection: Option<ConnectionNumber>,
+    /// Whether that one has logged in.
+    pub has_logged_in: bool,
 }
 
 /// The connection that a request came on.
@@ -214,7 +218,14 @@ pub fn caller<T>(request: &tonic::Request<T>) -> Caller {
 pub fn http_caller(extensions: &Extensions) -> Caller {
     let (user, snapshot) =
         identity(extensions).map_or((None, None), |who| (Some(who.user), who.snapshot));
-    Caller { user, snapshot, peer: connection(extensions).map(|connection| connection.peer) }
+    let connection = connection(extensions);
+    Caller {
+        user,
+        snapshot,
+        peer: connection.as_ref().map(|connection| connection.peer),
+        connection: connection.as_ref().map(|connection| connection.number),
+        has_logged_in: connection.is_some_and(|connection| connection.has_logged_in()),
+    }
 }
 
 /// Asks for a privilege that only the request's content calls for. Without a log-in, the layer has
@@ -281,6 +292,9 @@ where
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let connection = connection(request.extensions());
+        if let Some(connection) = &connection {
+            connection.note_call();
+        }
         match self.admit(&mut request, connection.as_deref()) {
             Ok(()) => Box::pin(self.inner.call(request)),
             Err(failure) => Box::pin(async move { Ok(failure.to_status().into_http()) }),

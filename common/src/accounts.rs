@@ -139,7 +139,11 @@ impl Accounts {
             return Err(AccountsError::Exposed { path: path.to_owned(), mode });
         }
         let text = fs::read_to_string(path).map_err(io)?;
-        let file: File = toml::from_str(&text).map_err(|e| malformed(e.to_string()))?;
+        let file: File = toml::from_str(&text).map_err(|e| {
+            // Its own text shows the line, and what is secret in it.
+            let before = e.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            malformed(format!("line {}: {}", before.matches('\n').count() + 1, e.message()))
+        })?;
         if file.version != VERSION {
             let version = file.version;
             return Err(malformed(format!("version is {version}, this program reads {VERSION}")));
@@ -385,6 +389,26 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let error = Accounts::open(&path).unwrap_err().to_string();
         assert!(error.contains("0640") && error.contains("chmod 600"), "{error}");
+    }
+
+    /// Guards the file's secrets: without its own words a syntax error shows the line that it is in.
+    #[test]
+    fn an_error_shows_nothing_of_a_verifier() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("accounts.toml");
+        let mut accounts = Accounts::open_or_create(&path).unwrap();
+        accounts.add("a", "b", &[Privilege::Monitor]).unwrap();
+        accounts.save().unwrap();
+        let good = fs::read_to_string(&path).unwrap();
+        let verifier = &accounts.accounts["a"].verifier;
+        for wrong in [format!("{verifier}\n"), format!("\"{verifier}\n"), "[]".to_owned()] {
+            let text = good.replace(&format!("\"{verifier}\""), &wrong);
+            fs::write(&path, &text).unwrap();
+            let error = Accounts::open(&path).unwrap_err().to_string();
+            assert!(!error.contains(&verifier[..8]), "{error}");
+            let line = text.lines().position(|line| line.starts_with("verifier")).unwrap() + 1;
+            assert!(error.contains(&format!("line {line}: ")), "{error}");
+        }
     }
 
     #[test]

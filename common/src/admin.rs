@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `/healthz`, health of "" | the process lives |
 //! | `/readyz`, health of the named services | new work is taken; 503 with the reason if not |
-//! | `/metrics` | OpenMetrics text |
+//! | `/metrics` | OpenMetrics text, or Prometheus's older format for who does not ask for it |
+//! | `/` | the status page, for a person |
 //!
 //! Invariants:
 //! * Whether work runs plays no part: a service is ready while a clone runs.
@@ -14,7 +15,10 @@ use std::{fmt, io, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{
+        HeaderMap, StatusCode,
+        header::{ACCEPT, CONTENT_TYPE},
+    },
     response::{IntoResponse as _, Response},
     routing::get,
 };
@@ -22,12 +26,18 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tonic::server::NamedService as _;
 use tonic_health::pb::health_server::HealthServer;
+use tower::Layer as _;
 
-use crate::telemetry::metrics::{CONTENT_TYPE as OPEN_METRICS, Metrics};
+use crate::{
+    request_body::{OPEN_REQUEST_BYTES_MAX, RequestBodyLayer},
+    telemetry::metrics::{CONTENT_TYPE as OPEN_METRICS, Metrics, PLAIN_CONTENT_TYPE},
+};
 
 mod health;
+pub(crate) mod status_page;
 
 pub use health::HealthByReadiness;
+pub use status_page::{Rates, SAMPLE_INTERVAL, Shown, StatusPage};
 
 /// How long open connections may go on after the end: watchers of health never leave by themselves.
 const LAST_CALLS_MAX: Duration = Duration::from_secs(1);
@@ -121,16 +131,22 @@ pub fn health_service(
     services: &[&'static str],
 ) -> HealthServer<HealthByReadiness> {
     HealthServer::new(HealthByReadiness::new(readiness.clone(), services))
+        .max_decoding_message_size(OPEN_REQUEST_BYTES_MAX)
 }
 
 /// What the admin port answers; every other path is 404.
-pub fn router(metrics: Arc<Metrics>, readiness: &Readiness, services: &[&'static str]) -> Router {
-    let health = health_service(readiness, services);
+pub fn router(
+    metrics: Arc<Metrics>,
+    readiness: &Readiness,
+    services: &[&'static str],
+    bodies: &RequestBodyLayer,
+) -> Router {
+    let health = bodies.layer(health_service(readiness, services));
     let readiness = readiness.clone();
     Router::new()
         .route("/healthz", get(async || "alive\n"))
         .route("/readyz", get(async move || ready(readiness.state())))
-        .route("/metrics", get(async move || scrape(&metrics)))
+        .route("/metrics", get(async move |headers: HeaderMap| scrape(&metrics, &headers)))
         .route_service(&format!("/{}/{{*method}}", HealthServer::<HealthByReadiness>::NAME), health)
 }
 
@@ -159,9 +175,15 @@ fn ready(state: ReadyState) -> Response {
     (code, format!("{state}\n")).into_response()
 }
 
-fn scrape(metrics: &Metrics) -> Response {
-    match metrics.encode() {
-        Ok(text) => ([(CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
+fn scrape(metrics: &Metrics, headers: &HeaderMap) -> Response {
+    let accepts = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let is_open = accepts.into_iter().any(|accept| accept.contains("application/openmetrics-text"));
+    let (text, kind) = match is_open {
+        true => (metrics.encode(), OPEN_METRICS),
+        false => (metrics.encode_plain(), PLAIN_CONTENT_TYPE),
+    };
+    match text {
+        Ok(text) => ([(CONTENT_TYPE, kind)], text).into_response(),
         Err(error) => {
             tracing::error!(%error, "metrics cannot be written");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()

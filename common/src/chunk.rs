@@ -16,6 +16,10 @@ pub const EXTENTS_MAX: usize = 8192;
 /// Most ranges in one ReadRanges call: at 30 bytes each the request stays under 256 KiB.
 pub const RANGES_MAX: usize = 8192;
 
+/// Largest ReadRanges request that a donor takes: the most ranges, and the digests of a unit's blocks,
+/// are three quarters of it.
+pub const READ_REQUEST_BYTES_MAX: usize = 1 << 20;
+
 /// Payload bytes after which a ReadRanges call ends unless asked otherwise, so that drains and
 /// proxies with connection limits are no failure.
 pub const CALL_BYTES_MAX: u64 = 1 << 30;
@@ -23,11 +27,15 @@ pub const CALL_BYTES_MAX: u64 = 1 << 30;
 /// Largest message that either side accepts, headers included.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// Bytes of entries in one ListFiles message.
-pub const LIST_MESSAGE_BYTES: usize = 256 << 10;
+/// Bytes of entries in one ListFiles message: a thousand and more, which are ten times as many bytes in
+/// memory, in each of the messages that wait for a caller.
+pub const LIST_MESSAGE_BYTES: usize = 64 << 10;
 
 /// Capability of a donor that compares blocks with digests of what its caller has.
 pub const KNOWN_BLOCKS: &str = "known_blocks";
+
+/// Capability of a donor that ends a snapshot's ReadRanges calls at their next chunk when it is asked to.
+pub const END_READS: &str = "end_reads";
 
 /// Bytes of a block's digest: the first ones of its BLAKE3. 128 bits that nobody can find two
 /// blocks for, not even who may write to the database.

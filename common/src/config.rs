@@ -23,11 +23,12 @@ use clap::{
 };
 
 mod file;
+mod pages;
 mod units;
 
 pub use units::{
     ExposedWithoutAuthentication, ListenAddressError, UnitError, loopback_or_authenticated,
-    parse_bytes, parse_duration, parse_listen_address,
+    parse_bytes, parse_duration, parse_duration_within, parse_listen_address,
 };
 
 /// The version, and the commit it was built from: `0.1.0 (7e89f1b)`.
@@ -139,6 +140,9 @@ pub fn load<A: Parser>(
 /// printing `effective`.
 #[must_use]
 pub fn load_or_exit<A: Parser>() -> Loaded<A> {
+    if pages::print::<A>() {
+        std::process::exit(0);
+    }
     load(std::env::args_os(), |name| std::env::var_os(name)).unwrap_or_else(|error| error.exit())
 }
 

@@ -39,6 +39,7 @@ use crate::{
     donor_list::DonorList,
     failure::{Failure, chain},
     listener::NO_TLS_ANSWER,
+    telemetry::propagation::TraceInterceptor,
     tls::{EXPORTER_LABEL, Fingerprint, Versions, cipher_text},
 };
 
@@ -499,11 +500,14 @@ async fn open_channel(options: &ConnectOptions, io: Io, seen: &Seen) -> Result<C
 /// Asks for the health of the server: any gRPC answer will do. What speaks no HTTP/2 shows here.
 async fn probe(options: &ConnectOptions, channel: Channel, seen: &Seen) -> Result<(), Failure> {
     use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
-    let mut client = HealthClient::new(channel);
+    let mut client = HealthClient::with_interceptor(channel, TraceInterceptor);
     let asked = client.check(HealthCheckRequest { service: String::new() });
     let Ok(answer) = tokio::time::timeout(options.timeout, asked).await else {
-        let text = format!("{} accepts connections and says nothing", options.name());
-        return Err(unreachable(2013, text));
+        // Some greetings are the head of a frame, whose rest is waited for.
+        let seen = Some(seen.bytes()).filter(|seen| !peer::is_http2(seen));
+        let what = seen.and_then(|seen| peer::describe_if_known(&seen));
+        let what = what.unwrap_or_else(|| "accepts connections and says nothing".to_owned());
+        return Err(unreachable(2013, format!("{} {what}", options.name())));
     };
     let Err(status) = answer else { return Ok(()) };
     let ours = crate::failure::Failure::from_status(&status);
@@ -543,4 +547,37 @@ fn unreachable(number: u32, text: String) -> Failure {
     Failure::new(Code::Unavailable, "DONOR_UNREACHABLE", format!("{text} ({number})"))
         .mysql(number)
         .from_donor()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::donor_list::DonorMatch;
+
+    /// Guards against a name that leads to another address at a second look (DNS rebinding): what was looked
+    /// up once is matched, and that very address is connected to. This name leads nowhere, so that any
+    /// other look at it fails; an address that the list does not hold is not tried.
+    #[tokio::test]
+    async fn the_very_address_that_was_matched_is_connected_to() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listed = listener.local_addr().unwrap();
+        let other = tokio::net::TcpListener::bind(("127.0.0.2", listed.port())).await.unwrap();
+        let entry = format!("127.0.0.1:{}", listed.port()).parse().unwrap();
+        let donors = DonorList::new(vec![entry], DonorMatch::Address).unwrap();
+        let options = ConnectOptions::new("rebinds.invalid", listed.port(), SslMode::Disabled);
+        let options = options.with_donors(Arc::new(donors));
+        look_up(&options).await.unwrap_err();
+        let addresses = [other.local_addr().unwrap(), listed];
+        let (stream, address) = connect_any(&options, &addresses).await.unwrap();
+        assert_eq!((stream.peer_addr().unwrap(), address), (listed, listed));
+        let failure = connect_any(&options, &addresses[..1]).await.unwrap_err();
+        assert_eq!(failure.reason, "DONOR_NOT_LISTED", "{failure}");
+        // Further connections of a clone go where the first one went, matched once more.
+        let pinned = options.clone().pinned_to(listed, false, None);
+        let (stream, _) = connect_tcp(&pinned).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), listed);
+        let elsewhere = options.pinned_to(addresses[0], false, None);
+        let failure = connect_tcp(&elsewhere).await.unwrap_err();
+        assert_eq!(failure.reason, "DONOR_NOT_LISTED", "{failure}");
+    }
 }

@@ -4,8 +4,13 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
+
+use tokio_util::sync::CancellationToken;
 
 /// What an account may do, named as in MySQL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -66,9 +71,22 @@ impl Identity {
 /// The address of who comes by a Unix socket: this host's, without a port.
 pub const LOCAL_PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
+/// A connection's number: no other one of this process has it, also when it has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectionNumber(u64);
+
+impl ConnectionNumber {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
+    /// Which one it is.
+    pub number: ConnectionNumber,
     /// The other end.
     pub peer: SocketAddr,
     /// Whether it came by a Unix socket.
@@ -80,6 +98,9 @@ pub struct Connection {
     /// Whom the client's certificate, or its user on this host, makes it.
     certified: Option<Identity>,
     identity: OnceLock<Identity>,
+    has_called: AtomicBool,
+    /// Cancelled to close it.
+    closing: CancellationToken,
 }
 
 impl Connection {
@@ -87,12 +108,15 @@ impl Connection {
     #[must_use]
     pub fn plain(peer: SocketAddr) -> Self {
         Self {
+            number: ConnectionNumber::next(),
             peer,
             is_local: false,
             cipher: String::new(),
             channel_binding: None,
             certified: None,
             identity: OnceLock::new(),
+            has_called: AtomicBool::new(false),
+            closing: CancellationToken::new(),
         }
     }
 
@@ -131,6 +155,33 @@ impl Connection {
     #[must_use]
     pub fn is_confidential(&self) -> bool {
         self.encrypted() || self.peer.ip().to_canonical().is_loopback()
+    }
+
+    /// A call has come on it.
+    pub(crate) fn note_call(&self) {
+        self.has_called.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any call has come on it.
+    pub(crate) fn has_called(&self) -> bool {
+        self.has_called.load(Ordering::Relaxed)
+    }
+
+    /// Closes it, whatever runs on it: for a caller that takes nothing more, so that nothing can be
+    /// told to it either.
+    pub fn close(&self) {
+        self.closing.cancel();
+    }
+
+    /// Cancelled once it is to be closed.
+    pub(crate) fn closing(&self) -> &CancellationToken {
+        &self.closing
+    }
+
+    /// Whether somebody has logged in on it, rather than being known by a certificate.
+    #[must_use]
+    pub fn has_logged_in(&self) -> bool {
+        self.identity.get().is_some()
     }
 
     /// Logs in, once: false when somebody has before.

@@ -8,6 +8,8 @@
 //!   clouds, unspecified, broadcast and multicast ones) are refused unless the very address is
 //!   listed; loopback is, unless `localhost` or a loopback address is.
 
+mod file;
+
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
@@ -16,6 +18,7 @@ use std::{
 
 use tonic::Code;
 
+pub use self::file::{DonorFileError, Donors};
 use crate::{
     failure::Failure,
     network::{Network, is_nobodys},
@@ -378,8 +381,9 @@ mod tests {
             assert!(allows(&format!("{address}:4406"), "db", &socket), "{address}");
         }
         let translated = ["64:ff9b::a9fe:a9fe", "64:ff9b::7f00:1"];
-        let plain = ["fe80::1", "fd00:ec2::254", "::", "ff02::1", "::1", "::ffff:169.254.169.254"];
-        for address in plain.iter().chain(&translated) {
+        let metadata = ["fd00:ec2::254", "fd20:ce::254", "::ffff:169.254.169.254"];
+        let plain = ["fe80::1", "::", "ff02::1", "::1"];
+        for address in plain.iter().chain(&metadata).chain(&translated) {
             let socket = format!("[{address}]:4406");
             assert!(!allows("db:*,[::/0]:*,0.0.0.0/0:*", "db", &socket), "{address}");
         }

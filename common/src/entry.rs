@@ -82,6 +82,14 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Bytes of its path and attributes: about what it holds in memory.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        let extended = self.attributes.extended.iter();
+        let extended: usize = extended.map(|(name, value)| name.len() + value.len() + 32).sum();
+        self.path.as_bytes().len() + extended
+    }
+
     /// Size of a regular file whose bytes this entry asks to be read; 0 for all else.
     #[must_use]
     pub fn content_bytes(&self) -> u64 {

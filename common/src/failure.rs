@@ -5,6 +5,8 @@
 //! becomes a `Failure`, which carries a gRPC code, a stable reason, and MySQL's error number where
 //! its clone plugin has one.
 
+pub mod reasons;
+
 use std::{borrow::Cow, collections::BTreeMap, fmt, io, path::Path, time::Duration};
 
 use marcot_proto::common::v1 as pb;
@@ -161,6 +163,12 @@ impl Failure {
             subject: self.mysql_error.map(|number| number.to_string()).unwrap_or_default(),
             description: self.message.clone(),
         }]
+    }
+
+    /// Its reason as a label of metrics: one of a list that does not grow.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        reasons::label(&self.reason)
     }
 
     /// Whether the same call may succeed later without anyone's doing.

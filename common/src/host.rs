@@ -8,6 +8,8 @@ use std::{
 
 use bytes::Bytes;
 
+use crate::failure::Failure;
+
 /// The operating system, as MySQL's version_compile_os.
 pub const OS: &str = "Linux";
 
@@ -36,4 +38,35 @@ pub fn file_identity(path: &Path) -> io::Result<(u64, u64)> {
 #[must_use]
 pub fn path_bytes(path: &Path) -> Bytes {
     Bytes::copy_from_slice(path.as_os_str().as_bytes())
+}
+
+/// Reads `HOST:PORT` or `[IPV6]:PORT`.
+pub fn host_and_port(text: &str) -> Result<(String, u16), Failure> {
+    let bad = || {
+        let text = text.escape_debug();
+        Failure::invalid("BAD_ADDRESS", format!("`{text}` is no HOST:PORT or [IPV6]:PORT"))
+    };
+    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
+    let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host = literal.unwrap_or(host);
+    if host.is_empty() || (literal.is_none() && host.contains(':')) {
+        return Err(bad());
+    }
+    let port = port.parse().ok().filter(|&port: &u16| port != 0).ok_or_else(bad)?;
+    Ok((host.to_owned(), port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_name_or_a_literal_with_a_port() {
+        let good = |text: &str| host_and_port(text).unwrap();
+        assert_eq!(good("db:1"), ("db".to_owned(), 1));
+        assert_eq!(good("[::1]:65535"), ("::1".to_owned(), 65535));
+        for bad in ["db", "db:", "db:0", "db:65536", "::1:5", ":5", "[::1]"] {
+            host_and_port(bad).unwrap_err();
+        }
+    }
 }

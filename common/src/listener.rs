@@ -4,6 +4,8 @@
 //! can tell it from a broken or hostile network, and goes on in plaintext only then. A Unix socket
 //! takes plaintext, which never leaves the host; the kernel says whose process it is.
 
+mod places;
+
 use std::{
     io,
     net::SocketAddr,
@@ -21,18 +23,21 @@ use tokio::{
         AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, Interest, ReadBuf,
     },
     net::{TcpListener, TcpStream, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::mpsc,
+    time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
+use self::places::{HANDSHAKES_MAX, Place, Places};
 use crate::{
     connection::{Connection, ConnectionInfo, LOCAL_PEER},
     identities::IdentitiesFile,
     listen::UnixSocket,
+    telemetry::connections::{CountedConnection, OpenConnections, Protection},
     tls::{EXPORTER_LABEL, cipher_text, server::ReloadedTls},
 };
 
@@ -43,11 +48,9 @@ pub const NO_TLS_ANSWER: &[u8] = b"MARCOT/1 TLS IS NOT CONFIGURED ON THIS PORT\r
 /// round trips, a silent one gets no more.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
-/// Most connections at one time: 8 clones of 128 streams.
-const CONNECTIONS_MAX: usize = 1024;
-
-/// Most connections whose handshake runs: each costs a core some 0.5 ms.
-const HANDSHAKES_MAX: usize = 64;
+/// Longest time from a connection's handshake to its first call: whoever has something to say says it at
+/// once, and afterwards pings find out whether it is still there.
+const QUIET_MAX: Duration = Duration::from_secs(60);
 
 /// Bytes read from the socket at once under TLS: records of 16 KiB one by one cost eight times as
 /// many system calls.
@@ -68,6 +71,7 @@ pub struct Listener {
     socket: Socket,
     tls: Option<Arc<ReloadedTls>>,
     identities: Option<Arc<IdentitiesFile>>,
+    open: OpenConnections,
 }
 
 #[derive(Debug)]
@@ -99,19 +103,25 @@ impl Listener {
     /// Listens; with TLS, both modes are served.
     pub async fn bind(address: SocketAddr, tls: Option<Arc<ReloadedTls>>) -> io::Result<Self> {
         let socket = Socket::Tcp(TcpListener::bind(address).await?);
-        Ok(Self { socket, tls, identities: None })
+        Ok(Self { socket, tls, identities: None, open: OpenConnections::default() })
     }
 
     /// Listens on a Unix socket, whose file gets this mode.
     pub fn bind_unix(path: &Path, mode: u32) -> io::Result<Self> {
         let socket = Socket::Unix(UnixSocket::bind(path, mode)?);
-        Ok(Self { socket, tls: None, identities: None })
+        Ok(Self { socket, tls: None, identities: None, open: OpenConnections::default() })
     }
 
     /// The same, with a word on who is who by his certificate.
     #[must_use]
     pub fn with_identities(self, identities: Option<Arc<IdentitiesFile>>) -> Self {
         Self { identities, ..self }
+    }
+
+    /// The same, counting its connections there.
+    #[must_use]
+    pub fn counted_in(self, open: OpenConnections) -> Self {
+        Self { open, ..self }
     }
 
     /// The address, with the port that the system chose for port 0; a Unix socket has none.
@@ -135,15 +145,9 @@ impl Listener {
     }
 
     async fn accept(self, sender: mpsc::Sender<io::Result<ServerStream>>) {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let places = Places::default();
         loop {
-            let Ok(place) = Arc::clone(&connections).acquire_owned().await else {
-                return;
-            };
-            let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await else {
-                return;
-            };
+            let Some(place) = places.any().await else { return };
             let accepted = match self.socket.accept().await {
                 Ok(accepted) => accepted,
                 Err(e) => {
@@ -153,9 +157,23 @@ impl Listener {
                     continue;
                 }
             };
+            let place = match &accepted {
+                Accepted::Tcp(_, peer) => match place.of(peer.ip()) {
+                    Some(place) => place,
+                    None => {
+                        debug!(%peer, "an address has too many connections; one more was closed");
+                        continue;
+                    }
+                },
+                // Who comes by a Unix socket was let in by its file's mode.
+                Accepted::Unix(_) => place,
+            };
             let (tls, identities, sender) =
                 (self.tls.clone(), self.identities.clone(), sender.clone());
+            let (places, counters) = (places.clone(), self.open.clone());
             tokio::spawn(async move {
+                let turn = tokio::time::timeout(HANDSHAKE_MAX, places.handshake(&place)).await;
+                let Ok(Some(turn)) = turn else { return };
                 let (tls, identities) = (tls.as_deref(), identities.as_deref());
                 let peer = match &accepted {
                     Accepted::Tcp(_, peer) => *peer,
@@ -164,9 +182,11 @@ impl Listener {
                 let opened = async {
                     match accepted {
                         Accepted::Tcp(stream, peer) => {
-                            open(stream, peer, tls, identities, place).await
+                            open(stream, peer, tls, identities, place, &counters).await
                         }
-                        Accepted::Unix(stream) => open_local(stream, identities, place).await,
+                        Accepted::Unix(stream) => {
+                            open_local(stream, identities, place, &counters).await
+                        }
                     }
                 };
                 match tokio::time::timeout(HANDSHAKE_MAX, opened).await {
@@ -179,7 +199,7 @@ impl Listener {
                     Ok(Err(e)) => debug!(%peer, error = %e, "a connection was refused"),
                     Err(_) => debug!(%peer, "a connection said nothing in time"),
                 }
-                drop(handshake);
+                drop(turn);
             });
         }
     }
@@ -189,7 +209,8 @@ impl Listener {
 async fn open_local(
     stream: UnixStream,
     identities: Option<&IdentitiesFile>,
-    place: OwnedSemaphorePermit,
+    place: Place,
+    counters: &OpenConnections,
 ) -> io::Result<Option<ServerStream>> {
     let mut first = [0];
     let count = stream
@@ -204,8 +225,8 @@ async fn open_local(
     }
     let uid = stream.peer_cred()?.uid();
     let known = identities.and_then(|identities| identities.of_user(uid));
-    let connection = ConnectionInfo(Arc::new(Connection::local().certified_as(known)));
-    Ok(Some(ServerStream { io: Io::Local(stream), connection, _place: place }))
+    let connection = Connection::local().certified_as(known);
+    Ok(Some(ServerStream::new(Io::Local(stream), connection, place, counters)))
 }
 
 async fn open(
@@ -213,7 +234,8 @@ async fn open(
     peer: SocketAddr,
     tls: Option<&ReloadedTls>,
     identities: Option<&IdentitiesFile>,
-    place: OwnedSemaphorePermit,
+    place: Place,
+    counters: &OpenConnections,
 ) -> io::Result<Option<ServerStream>> {
     stream.set_nodelay(true)?;
     let mut first = [0];
@@ -246,8 +268,7 @@ async fn open(
             return Ok(None);
         }
     };
-    let connection = ConnectionInfo(Arc::new(connection));
-    Ok(Some(ServerStream { io, connection, _place: place }))
+    Ok(Some(ServerStream::new(io, connection, place, counters)))
 }
 
 /// Whether a handshake has failed since the client's certificate is missing or not believed.
@@ -274,7 +295,41 @@ async fn refuse_tls(mut stream: TcpStream) -> io::Result<()> {
 pub struct ServerStream {
     io: Io,
     connection: ConnectionInfo,
-    _place: OwnedSemaphorePermit,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Ends a connection without a call; `None` once there was one.
+    quiet: Option<Pin<Box<Sleep>>>,
+    _counted: CountedConnection,
+    _place: Place,
+}
+
+impl ServerStream {
+    fn new(io: Io, connection: Connection, place: Place, open: &OpenConnections) -> Self {
+        let protection = match &io {
+            Io::Plain(_) => Protection::Plaintext,
+            Io::Local(_) => Protection::Local,
+            Io::Tls(_) => Protection::Tls,
+        };
+        let counted = open.count(protection);
+        let closing = Box::pin(connection.closing().clone().cancelled_owned());
+        let quiet = Some(Box::pin(tokio::time::sleep(QUIET_MAX)));
+        let connection = ConnectionInfo(Arc::new(connection));
+        Self { io, connection, closing, quiet, _counted: counted, _place: place }
+    }
+
+    /// An error once the connection is to be closed: asked by everything that may wait for the peer.
+    fn check_open(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        if self.closing.as_mut().poll(context).is_ready() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let Some(quiet) = &mut self.quiet else { return Ok(()) };
+        if self.connection.0.has_called() {
+            self.quiet = None;
+        } else if quiet.as_mut().poll(context).is_ready() {
+            debug!(peer = %self.connection.0.peer, "a connection without a call is closed");
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug)]
@@ -293,8 +348,12 @@ impl Connected for ServerStream {
 }
 
 macro_rules! on_io {
-    ($self:ident, $io:ident => $call:expr) => {
-        match &mut $self.get_mut().io {
+    ($self:ident, $context:ident, $io:ident => $call:expr) => {{
+        let stream = $self.get_mut();
+        if let Err(closed) = stream.check_open($context) {
+            return Poll::Ready(Err(closed));
+        }
+        match &mut stream.io {
             Io::Plain($io) => {
                 let $io = Pin::new($io);
                 $call
@@ -308,7 +367,7 @@ macro_rules! on_io {
                 $call
             }
         }
-    };
+    }};
 }
 
 impl AsyncRead for ServerStream {
@@ -317,7 +376,7 @@ impl AsyncRead for ServerStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        on_io!(self, io => io.poll_read(context, buffer))
+        on_io!(self, context, io => io.poll_read(context, buffer))
     }
 }
 
@@ -327,7 +386,7 @@ impl AsyncWrite for ServerStream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        on_io!(self, io => io.poll_write(context, bytes))
+        on_io!(self, context, io => io.poll_write(context, bytes))
     }
 
     fn poll_write_vectored(
@@ -335,7 +394,7 @@ impl AsyncWrite for ServerStream {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        on_io!(self, io => io.poll_write_vectored(context, slices))
+        on_io!(self, context, io => io.poll_write_vectored(context, slices))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -347,10 +406,10 @@ impl AsyncWrite for ServerStream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        on_io!(self, io => io.poll_flush(context))
+        on_io!(self, context, io => io.poll_flush(context))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        on_io!(self, io => io.poll_shutdown(context))
+        on_io!(self, context, io => io.poll_shutdown(context))
     }
 }

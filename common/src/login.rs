@@ -18,6 +18,16 @@ use zeroize::Zeroizing;
 
 use crate::failure::Failure;
 
+/// Largest message of a log-in: names, keys and a password, of less than 2 KiB together.
+pub const LOG_IN_MESSAGE_BYTES_MAX: usize = 16 << 10;
+
+/// Largest answer in a log-in: a certificate chain is in it.
+pub const LOG_IN_ANSWER_BYTES_MAX: usize = 64 << 10;
+
+/// Capability of a donor that binds snapshots to their clones' keys, and takes log-ins by them without
+/// accounts as well.
+pub const BOUND_SNAPSHOTS: &str = "bound_snapshots";
+
 /// First bytes of what is signed: nothing else is signed with a clone's key.
 const KEY_DOMAIN: &[u8] = b"marcot key log-in v1";
 

@@ -98,8 +98,11 @@ fn width(address: IpAddr) -> u8 {
 /// the metadata services of clouds, and unspecified, broadcast and multicast ones.
 #[must_use]
 pub fn is_nobodys(ip: IpAddr) -> bool {
-    /// AWS and others answer for a machine's metadata there, in IPv6.
-    const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+    /// Where AWS and others answer for a machine's metadata in IPv6, and where Google Cloud does.
+    const METADATA_V6: [Ipv6Addr; 2] = [
+        Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254),
+        Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254),
+    ];
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
             ip.is_link_local()
@@ -113,7 +116,7 @@ pub fn is_nobodys(ip: IpAddr) -> bool {
             ip.is_unicast_link_local()
                 || ip.is_unspecified()
                 || ip.is_multicast()
-                || ip == METADATA_V6
+                || METADATA_V6.contains(&ip)
                 || translated(ip).is_some_and(|ip| is_nobodys(ip.into()) || ip.is_loopback())
         }
     }
@@ -123,6 +126,16 @@ pub fn is_nobodys(ip: IpAddr) -> bool {
 fn translated(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let [0x64, 0xff9b, 0, 0, 0, 0, high, low] = ip.segments() else { return None };
     Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)))
+}
+
+/// Whom a bound for each peer counts as one: an IPv4 address, or a /64 of IPv6, for whoever has one
+/// address of it has all.
+#[must_use]
+pub fn of_peer(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => IpAddr::V4(ip),
+        IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64)),
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,19 @@ pub fn start_write_back(file: &File, from: u64, to: u64) {
     }
 }
 
+/// Writes back what a file has in the page cache, whoever wrote it, and waits for that. Neither the file's
+/// size nor the disk's cache are synced, so that the file system's journal holds nobody up meanwhile.
+pub fn write_back(file: &File) -> std::io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// Arenas of the allocator. Each stream is a new thread, and glibc gives threads arenas of their own,
 /// up to eight for each core, which keep what one clone has used; two are enough for two streams that
 /// allocate a few times for each megabyte.

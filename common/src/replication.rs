@@ -21,7 +21,9 @@ fn of_mysql(at: &Coordinates, host: &str) -> Vec<String> {
         at.binlog_position
     );
     let mut lines = Vec::new();
-    if file.is_empty() {
+    if at.binlog_lacks_replicated {
+        lines.push(LACKS_REPLICATED.to_owned());
+    } else if file.is_empty() {
         if at.lsn != 0 {
             lines.push(NO_BINLOG.to_owned());
         }
@@ -52,11 +54,17 @@ fn of_mysql(at: &Coordinates, host: &str) -> Vec<String> {
 const NO_BINLOG: &str =
     "-- the donor's server writes no binary log: the clone cannot be attached to it as a replica";
 
+/// Such a replica would go on without an error, and without all that the donor replicates.
+const LACKS_REPLICATED: &str = "-- not to replicate from the donor's server: it is a replica with \
+    log_slave_updates (log_replica_updates) off, so its binary log lacks what it replicates";
+
 fn of_mariadb(at: &Coordinates, host: &str) -> Vec<String> {
     let host = quote(host);
     let file = String::from_utf8_lossy(&at.binlog_file);
     let mut lines = Vec::new();
-    if !at.gtid_executed.is_empty() {
+    if at.binlog_lacks_replicated {
+        lines.push(LACKS_REPLICATED.to_owned());
+    } else if !at.gtid_executed.is_empty() {
         lines.push("-- to replicate from the donor's server, by GTID:".to_owned());
         lines.push(format!("SET GLOBAL gtid_slave_pos = {};", quote(&at.gtid_executed)));
         lines.push(format!("CHANGE MASTER TO MASTER_HOST = {host}, MASTER_USE_GTID = slave_pos;"));
@@ -135,5 +143,38 @@ mod tests {
         let replica = Coordinates { sources: vec![source], ..gtid };
         let lines = statements(&replica, "db");
         assert!(lines[5].starts_with("CHANGE MASTER 'eu' TO"), "{lines:?}");
+    }
+
+    /// Guards a clone of a replica whose binary log has only its own writes: with a statement for the
+    /// donor's server printed, a replica attached so lacks what the donor replicates, without an error.
+    #[test]
+    fn nothing_is_attached_to_a_binary_log_that_lacks_what_was_replicated() {
+        for (version, source) in [
+            ("10.11.6-MariaDB-log", "CHANGE MASTER 'eu' TO MASTER_USE_GTID = slave_pos;"),
+            ("9.7.4", "CHANGE REPLICATION SOURCE TO SOURCE_AUTO_POSITION = 1 FOR CHANNEL 'eu';"),
+        ] {
+            let at = Coordinates {
+                server_version: version.to_owned(),
+                binlog_file: bytes::Bytes::from_static(b"bin.000002"),
+                binlog_position: 42,
+                gtid_executed: "0-7-9".to_owned(),
+                lsn: 5,
+                binlog_lacks_replicated: true,
+                sources: vec![SourceCoordinates {
+                    channel: "eu".to_owned(),
+                    gtid_executed: "0-3-4".to_owned(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            };
+            let lines = statements(&at, "db");
+            assert!(lines[0].starts_with("-- not to replicate from the donor's"), "{lines:?}");
+            assert!(lines[0].contains("log_slave_updates"), "{lines:?}");
+            let text = lines.join("\n");
+            for word in ["'db'", "bin.000002", "0-7-9"] {
+                assert!(!text.contains(word), "{word}: {text}");
+            }
+            assert_eq!(lines.last().map(String::as_str), Some(source));
+        }
     }
 }

@@ -19,7 +19,8 @@ use tracing::{error, info, warn};
 use crate::{
     access::{AccessLayer, Policy, Rule},
     accounts::AccountsFile,
-    admin::{self, Readiness, health_service},
+    admin::{self, Readiness, StatusPage, health_service, status_page},
+    bounded_answer::BoundedAnswer,
     config::{ConfigOptions, VERSION_WITH_COMMIT, loopback_or_authenticated},
     durable::write_atomically,
     failure::chain,
@@ -27,11 +28,13 @@ use crate::{
     listen::{ListenAddress, parse_socket_mode},
     listener::Listener,
     login::{
-        DatabaseAccounts,
+        DatabaseAccounts, LOG_IN_MESSAGE_BYTES_MAX,
         server::{Database, KeyDirectory, LogInService},
     },
     network::Network,
     os,
+    request_body::{OPEN_REQUEST_BYTES_MAX, RequestBodyLayer},
+    service_manager,
     shutdown::Shutdown,
     telemetry::{self, LogOptions, Telemetry, metrics::Metrics, rpc::RpcLayer},
     tls::{
@@ -93,9 +96,14 @@ pub struct ServerOptions {
     /// [default: from anywhere].
     #[arg(long, value_name = "NETWORK", env = "MARCOT_ALLOW_FROM", value_delimiter = ',')]
     pub allow_from: Vec<Network>,
-    /// Port for probes and scrapes, in plaintext: /healthz, /readyz, /metrics, grpc.health.v1.
+    /// Port for probes, scrapes and browsers, in plaintext: /healthz, /readyz, /metrics,
+    /// grpc.health.v1, and the status page at /.
     #[arg(long, value_name = "ADDR", env = "MARCOT_ADMIN_LISTEN")]
     pub admin_listen: Option<SocketAddr>,
+    /// No status page on that port: it shows statements without their secrets, hosts, paths and users
+    /// to whoever reaches the port.
+    #[arg(long, env = "MARCOT_NO_STATUS_PAGE")]
+    pub no_status_page: bool,
     /// Write a JSON file with the addresses in use once calls are taken.
     #[arg(long, value_name = "FILE", env = "MARCOT_READY_FILE")]
     pub ready_file: Option<PathBuf>,
@@ -116,6 +124,8 @@ pub struct Role {
     pub service: &'static str,
     /// What its methods ask of their callers.
     pub rules: &'static [(&'static str, Rule)],
+    /// Path prefixes and the bytes of their largest request.
+    pub requests: &'static [(&'static str, usize)],
 }
 
 /// Files that the options name, read and checked.
@@ -215,6 +225,8 @@ pub struct Daemon {
     pub prepared: Prepared,
     /// Its metrics.
     pub metrics: Arc<Metrics>,
+    /// Its status page.
+    pub page: Arc<dyn StatusPage>,
     /// Its end.
     pub shutdown: Shutdown,
 }
@@ -232,11 +244,14 @@ impl Daemon {
     ) -> Result<(), String> {
         let (listeners, addresses) = self.bind(listen).await?;
         if let Some(tls) = &self.prepared.tls {
-            let tls = Arc::clone(tls);
-            self.metrics.add_certificate("tls-cert", move || tls.current().expiry());
+            let (certificate, list) = (Arc::clone(tls), Arc::clone(tls));
+            self.metrics.add_certificate("tls-cert", move || certificate.current().expiry());
+            self.metrics
+                .add_revocation_list("tls-client-crl", move || list.current().crl_next_update);
         }
         let readiness = Readiness::new();
         let routes = self.routes(keys, &readiness, add)?;
+        let bodies = RequestBodyLayer::new(self.role.requests);
         let admin = self.serve_admin(&readiness).await?;
         let policy = Policy {
             accounts: self.prepared.has_accounts(),
@@ -253,6 +268,7 @@ impl Daemon {
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .layer(RpcLayer::new(&self.metrics, &services))
             .layer(AccessLayer(Arc::new(policy)))
+            .layer(bodies)
             .add_routes(routes);
         let stop = self.shutdown.stop.clone();
         let incoming =
@@ -263,6 +279,7 @@ impl Daemon {
         readiness.set_ready();
         self.announce(&addresses, admin)?;
         self.shutdown.drain.cancelled().await;
+        service_manager::stopping();
         readiness.set_draining();
         let bound = Duration::from_secs(self.options.drain_seconds);
         tokio::select! {
@@ -301,7 +318,8 @@ impl Daemon {
                     Listener::bind_unix(path, self.options.socket_mode).map_err(failed)?
                 }
             };
-            listeners.push(listener.with_identities(self.prepared.identities.clone()));
+            let listener = listener.with_identities(self.prepared.identities.clone());
+            listeners.push(listener.counted_in(self.metrics.connections()));
         }
         Ok((listeners, addresses))
     }
@@ -325,12 +343,16 @@ impl Daemon {
                 .with_service_name("marcot.auth.v1.AuthService")
                 .with_service_name("grpc.health.v1.Health")
         };
+        let v1 = reflection().build_v1().map_err(|e| e.to_string())?;
+        let v1alpha = reflection().build_v1alpha().map_err(|e| e.to_string())?;
         let mut routes = RoutesBuilder::default();
         routes
             .add_service(health_service(readiness, &[self.role.service]))
-            .add_service(AuthServiceServer::new(log_in))
-            .add_service(reflection().build_v1().map_err(|e| e.to_string())?)
-            .add_service(reflection().build_v1alpha().map_err(|e| e.to_string())?);
+            .add_service(
+                AuthServiceServer::new(log_in).max_decoding_message_size(LOG_IN_MESSAGE_BYTES_MAX),
+            )
+            .add_service(BoundedAnswer(v1.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX)))
+            .add_service(BoundedAnswer(v1alpha.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX)));
         add(&mut routes);
         Ok(routes.routes())
     }
@@ -341,8 +363,15 @@ impl Daemon {
         let listener = TcpListener::bind(listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let metrics = Arc::clone(&self.metrics);
-        let router = admin::router(metrics, readiness, &[self.role.service]);
+        // Who reaches the other port fills no room of this one.
+        let bodies = RequestBodyLayer::new(&[]);
+        let mut router = admin::router(metrics, readiness, &[self.role.service], &bodies);
         let stop = self.shutdown.stop.clone();
+        if !self.options.no_status_page {
+            let page = Arc::clone(&self.page);
+            router = router.merge(status_page::router(self.role.name, page, readiness.clone()));
+            tokio::spawn(status_page::sample(Arc::clone(&self.page), stop.clone()));
+        }
         tokio::spawn(async move {
             if let Err(e) = admin::serve(listener, router, stop).await {
                 error!(error = %e, "the admin port has stopped");
@@ -371,6 +400,7 @@ impl Daemon {
             "marcot-{} takes calls",
             self.role.name
         );
+        service_manager::ready(&texts.join(", "));
         let Some(path) = &self.options.ready_file else {
             return Ok(());
         };

@@ -256,7 +256,7 @@ impl<'a> Parser<'a> {
             _ => return Err(self.error("the donor's host")),
         };
         let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(&host);
-        if host.is_empty() || host.contains('%') {
+        if host.is_empty() || host.contains(['%', '[', ']']) {
             return Err(self.error("the host name or address of one donor"));
         }
         let host = host.to_owned();

@@ -4,6 +4,8 @@
 //! caller's traceparent -> RpcLayer: span -> handler -> TraceInterceptor -> next service
 //!                             |                |
 //!                    RPC histogram (/metrics)  logs on standard error, with the trace's id
+//!
+//! spans -> bounded queue -> a thread -> OTLP collector, where one is named
 //! ```
 //!
 //! Invariants:
@@ -12,10 +14,15 @@
 //! * Labels of metrics are bounded by what the service offers, never by what callers send.
 
 mod certificates;
+pub mod connections;
+pub mod families;
+mod filter_file;
 mod logs;
 pub mod metrics;
 mod process;
 pub mod propagation;
 pub mod rpc;
+pub mod spans;
+mod traces;
 
 pub use logs::{LogFormat, LogOptions, Telemetry, TelemetryError, init};

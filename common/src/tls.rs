@@ -76,10 +76,10 @@ pub fn fingerprint_of(certificate: &Path) -> Result<Fingerprint, TlsError> {
     Ok(Fingerprint::of(&read_certificates("certificate", certificate)?[0]))
 }
 
-/// When the first certificate of a PEM file ends; `None` while it cannot be read.
-#[must_use]
-pub fn expiry_of(path: &Path) -> Option<SystemTime> {
-    certificate::expiry(read_certificates("certificate", path).ok()?.first()?)
+/// When the first of a PEM file's revocation lists runs out; `None` while it cannot be read.
+pub(crate) fn next_update_of(path: &Path) -> Option<SystemTime> {
+    let lists = read_revocations("CRL", path).ok()?;
+    lists.iter().filter_map(certificate::next_update).min()
 }
 
 /// SHA-256 of a certificate in DER form.

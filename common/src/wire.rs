@@ -14,6 +14,9 @@ use crate::{
 /// value (XATTR_SIZE_MAX).
 pub const EXTENDED_ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
 
+/// Most extended attributes of one entry: each holds some 100 bytes of memory beside its own.
+const EXTENDED_ATTRIBUTES_MAX: usize = 4096;
+
 /// Permission bits that may travel: setuid and setgid never do.
 pub const MODE_MASK: u32 = 0o1777;
 
@@ -52,6 +55,9 @@ pub fn entry(message: pb::FileEntry) -> Result<Entry, Failure> {
     };
     let kind = match pb::FileType::try_from(message.r#type) {
         Ok(pb::FileType::Unspecified) if change == Change::Remove => None,
+        _ if change == Change::Remove => {
+            return Err(bad(format!("{path} is removed and has type {}", message.r#type)));
+        }
         Ok(pb::FileType::Regular) => {
             if i64::try_from(message.size_bytes).is_err() {
                 return Err(bad(format!("{path} has size {}", message.size_bytes)));
@@ -99,7 +105,13 @@ pub fn attributes(message: pb::Attributes) -> Result<Attributes, String> {
         .ok()
         .filter(|&n| n < 1_000_000_000)
         .ok_or_else(|| format!("has {} nanoseconds", modify_time.nanos))?;
-    let mut extended = Vec::with_capacity(message.extended_attributes.len().min(64));
+    let count = message.extended_attributes.len();
+    if count > EXTENDED_ATTRIBUTES_MAX {
+        return Err(format!(
+            "has {count} extended attributes, at most {EXTENDED_ATTRIBUTES_MAX} are allowed"
+        ));
+    }
+    let mut extended = Vec::with_capacity(count.min(64));
     let mut extended_bytes = 0;
     for attribute in &message.extended_attributes {
         extended_bytes += attribute.name.len() + attribute.value.len();
@@ -293,7 +305,13 @@ mod tests {
 
     #[test]
     fn hostile_entries_are_refused() {
-        let cases: [(&str, fn(&mut pb::FileEntry)); 9] = [
+        let cases: [(&str, fn(&mut pb::FileEntry)); 11] = [
+            ("type of what is gone", |m| m.change = pb::EntryChange::Remove.into()),
+            ("countless attributes", |m| {
+                let name = Bytes::from_static(b"user.x");
+                let one = pb::ExtendedAttribute { name, value: Bytes::new() };
+                m.extended_attributes = vec![one; EXTENDED_ATTRIBUTES_MAX + 1];
+            }),
             ("climbing path", |m| m.path = Bytes::from_static(b"../etc/passwd")),
             ("absolute path", |m| m.path = Bytes::from_static(b"/etc/passwd")),
             ("no id", |m| m.file_id = 0),

@@ -88,8 +88,10 @@ async fn a_pinned_address_is_left_once_the_name_has_left_it() {
     let connection = connect(&pinned).await.unwrap();
     assert_ne!(connection.peer, gone);
     assert_eq!(later.pins().unwrap().0, connection.peer);
-    // Nobody listens on this port.
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // Nobody listens on this port, and nobody else gets it.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let port = held.local_addr().unwrap().port();
     let down = (std::net::Ipv4Addr::LOCALHOST, port).into();
     let pinned = by_name(port).pinned_to(down, false, None);
     assert_eq!(refused(&pinned).await.reason, "DONOR_UNREACHABLE");
@@ -226,7 +228,9 @@ async fn peers_that_are_no_marcot_are_told_as_what_they_are() {
 
 #[tokio::test]
 async fn nothing_listening_and_no_such_host_have_mysqls_numbers() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let port = held.local_addr().unwrap().port();
     let failure = refused(&options(port, SslMode::Preferred)).await;
     assert_eq!(failure.metadata["donor_mysql_error"], "2003", "{failure}");
     let nowhere = ConnectOptions::new("no-such-host.invalid", 1, SslMode::Disabled);
@@ -316,7 +320,7 @@ async fn silence_ends_in_an_error_and_never_in_plaintext() {
     ] {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let options = options(port, mode).with_timeout(Duration::from_millis(500));
+        let options = options(port, mode).with_timeout(Duration::from_secs(3));
         let (failure, first) = tokio::join!(refused(&options), async {
             let (mut stream, _) = listener.accept().await.unwrap();
             let first = stream.read_u8().await.unwrap();

@@ -97,6 +97,36 @@ async fn the_password_arrives_over_tls_and_sealed_on_plaintext() {
     assert_eq!(database.asked(), 8);
 }
 
+/// Guards the password against a donor that was taken over: it chooses how its callers log in, and
+/// without `not_allowed` it need only ask. Over TLS, by a certificate that is believed, and sealed.
+#[tokio::test]
+async fn a_donor_that_asks_for_the_password_itself_gets_nothing_unless_that_is_allowed() {
+    let pki = Pki::new();
+    let (server, database) = start(Some(pki.server(&[HOST]))).await;
+    let believes = by_ca(&pki);
+    let plaintext = open(server.port(), SslMode::Disabled, &believes).await;
+    let challenge = Exchange::begin(&plaintext).await.challenge;
+    let attacker = Attacker::new(Script::Shows(challenge));
+    let got = Arc::clone(&attacker.got);
+    let middle = Server::start_log_in(AuthServiceServer::new(attacker)).await;
+    for (port, mode) in [
+        (server.port(), SslMode::Required),
+        (server.port(), SslMode::Disabled),
+        (middle.port(), SslMode::Disabled),
+    ] {
+        let connection = open(port, mode, &believes).await;
+        let mut client = AuthServiceClient::new(connection.channel.clone());
+        let password = Zeroizing::new("pässword".to_owned());
+        let refused =
+            log_in_with_password(&mut client, &connection.security, "u", &password, None).await;
+        let failure = refused.unwrap_err();
+        assert_eq!(failure.reason, "DATABASE_ACCOUNTS_NOT_ALLOWED", "{failure}");
+        assert!(failure.message.contains("--allow-database-accounts"), "{failure}");
+    }
+    assert_eq!(database.asked(), 0);
+    assert_eq!(*got.lock().unwrap(), None);
+}
+
 /// Guards the key that a password is sealed to: unknown, of another CA, name or fingerprint, or
 /// none, and the password does not leave. With `verify` made to say yes, the strangers get it.
 #[tokio::test]

@@ -12,9 +12,15 @@ use std::{
 use bytes::Bytes;
 use futures::Stream;
 use marcot_common::{
-    access, checksum, chunk,
+    access,
+    binlog::{self, BINLOG_BASE},
+    checksum,
+    chunk::{self, END_READS, KNOWN_BLOCKS},
     failure::Failure,
-    host, time,
+    host,
+    login::BOUND_SNAPSHOTS,
+    telemetry::spans::{BYTES, CLONE, SNAPSHOT, set_number},
+    time,
     wire::{self, attributes_to_wire, entry_to_wire, totals_to_wire},
 };
 use marcot_engine::{SnapshotOptions, server_facts::ServerFacts};
@@ -27,11 +33,17 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
+use tracing::{Instrument as _, Span};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::{
     caps::Caps,
     chunk_reader::{BufferPool, CallerGone, ChunkReader, Frame, ReadPlan},
-    lease::{self, Caller, Held, LEASE_DEFAULT, LEASE_MAX, LEASE_MIN, Leases, OpenRequest},
+    kindness::Kindness,
+    lease::{self, Caller, Ending, Held, LEASE_DEFAULT, LEASE_MAX, LEASE_MIN, Leases, OpenRequest},
+    outbox::Outbox,
+    places::{Places, lender},
+    queue::WAIT_MAX,
 };
 
 /// Frames that wait between the disk and the network, per call: one to read while one is sent.
@@ -60,14 +72,41 @@ pub struct Api {
     identity: Identity,
     sent_bytes: Arc<AtomicU64>,
     caps: Arc<Caps>,
+    kindness: Arc<Kindness>,
+    places: Places,
+    /// How long a caller may take nothing of what it has asked for.
+    caller_timeout: Duration,
 }
 
 impl Api {
     /// Serves the snapshots of `leases`.
     #[must_use]
-    pub fn new(leases: Arc<Leases>, identity: Identity, caps: Caps) -> Self {
-        let (sent_bytes, caps) = (Arc::default(), Arc::new(caps));
-        Self { leases, pool: Arc::default(), identity, sent_bytes, caps }
+    pub fn new(
+        leases: Arc<Leases>,
+        identity: Identity,
+        caps: Caps,
+        caller_timeout: Duration,
+    ) -> Self {
+        let (sent_bytes, caps, kindness) = (Arc::default(), Arc::new(caps), Arc::default());
+        let (pool, places) = (Arc::default(), Places::default());
+        Self { leases, pool, identity, sent_bytes, caps, kindness, places, caller_timeout }
+    }
+
+    /// What is known of the server's commits.
+    #[must_use]
+    pub fn kindness(&self) -> Arc<Kindness> {
+        Arc::clone(&self.kindness)
+    }
+
+    /// Where the messages of a call go.
+    fn outbox<T>(
+        &self,
+        sender: mpsc::Sender<T>,
+        extensions: &http::Extensions,
+        held: &Held,
+    ) -> Outbox<T> {
+        let connection = access::connection(extensions);
+        Outbox::new(sender, connection, self.caller_timeout).until(held.ended.clone())
     }
 
     /// What all clones together may take.
@@ -89,45 +128,65 @@ impl Api {
         request: pb::ReadRangesRequest,
     ) -> Result<mpsc::Receiver<Result<Frame, Failure>>, Failure> {
         let held = self.leases.find(&request.snapshot, &access::http_caller(extensions).into())?;
+        let span = told_of(&held);
         let plan = ReadPlan::new(request)?;
-        let place = Arc::clone(&held.readers).try_acquire_owned().map_err(|_| {
-            Failure::new(
-                Code::ResourceExhausted,
-                "READER_LIMIT",
-                format!("{} ReadRanges calls run for this snapshot", lease::READERS_MAX),
-            )
-            .retry_after(Duration::from_secs(1))
-        })?;
-        let reader = ChunkReader::new(Arc::clone(&held.snapshot), Arc::clone(&self.pool), plan);
+        let places = self.places.read(&held)?;
         let (sender, receiver) = mpsc::channel(FRAMES_QUEUED);
-        let sent_total = Arc::clone(&self.sent_bytes);
+        let outbox = Arc::new(self.outbox(sender, extensions, &held));
+        let lend = lender(Arc::clone(&held), Arc::clone(&outbox));
+        let snapshot = Arc::clone(&held.snapshot);
+        let reader = ChunkReader::new(snapshot, Arc::clone(&self.pool), lend, plan);
+        let begun = held.reads_ended();
+        let is_enough = {
+            let held = Arc::clone(&held);
+            move || held.reads_ended() != begun
+        };
+        let reader = reader.until(Box::new(is_enough));
+        let (sent_total, counts) = (Arc::clone(&self.sent_bytes), Arc::clone(self.leases.counts()));
         let caps = Arc::clone(&self.caps);
         tokio::task::spawn_blocking(move || {
-            let _place = place;
+            let _places = places;
+            let mut raw_bytes = 0;
             let result = reader.run(&mut |frame| {
                 if held.ended.is_cancelled() {
                     return Err(CallerGone);
                 }
-                if let Frame::Chunk(chunk, payload) = &frame {
+                held.note_use();
+                if let Frame::Chunk(chunk, payload, covered) = &frame {
                     let bytes = payload.len() as u64;
-                    let stops = || held.ended.is_cancelled() || sender.is_closed();
+                    let stops = || held.ended.is_cancelled() || outbox.is_closed();
                     caps.pass_blocking(chunk.raw_length.into(), bytes, stops);
                     held.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
                     sent_total.fetch_add(bytes, Ordering::Relaxed);
+                    counts.raw_bytes.inc_by(chunk.raw_length.into());
+                    raw_bytes += u64::from(chunk.raw_length);
+                    held.note_taken(*covered);
                 }
-                sender.blocking_send(Ok(frame)).map_err(|_| CallerGone)
+                outbox.send_blocking(Ok(frame))
             });
+            set_number(&span, BYTES, raw_bytes);
             if result.is_err() && held.ended.is_cancelled() {
+                let why = held.has_ended();
+                // Whoever takes nothing more must not keep what it holds.
+                drop(held);
                 // The caller may have gone as well; then nobody is left to tell.
-                drop(sender.blocking_send(Err(snapshot_ended(&held.name))));
+                drop(outbox.send_last_blocking(Err(why)));
             }
         });
         Ok(receiver)
     }
 
     fn held<T>(&self, request: &Request<T>, name: &str) -> Result<Arc<Held>, Failure> {
-        self.leases.find(name, &caller(request))
+        self.leases.find(name, &caller(request)).inspect(|held| drop(told_of(held)))
     }
+}
+
+/// The call's span, which says whose snapshot it is about.
+fn told_of(held: &Held) -> Span {
+    let span = Span::current();
+    span.set_attribute(SNAPSHOT, held.name.clone());
+    span.set_attribute(CLONE, held.request.clone.clone());
+    span
 }
 
 fn caller<T>(request: &Request<T>) -> Caller {
@@ -136,12 +195,9 @@ fn caller<T>(request: &Request<T>) -> Caller {
 
 impl From<access::Caller> for Caller {
     fn from(caller: access::Caller) -> Self {
-        Self { user: caller.user, snapshot: caller.snapshot, peer: caller.peer }
+        let access::Caller { user, snapshot, peer, connection, has_logged_in } = caller;
+        Self { user, snapshot, peer, connection, has_logged_in }
     }
-}
-
-fn snapshot_ended(name: &str) -> Failure {
-    Failure::new(Code::NotFound, "UNKNOWN_SNAPSHOT", format!("{name} was closed or has expired"))
 }
 
 type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -152,13 +208,17 @@ impl DonorService for Api {
         &self,
         _: Request<pb::GetServerInfoRequest>,
     ) -> Result<Response<pb::GetServerInfoResponse>, Status> {
+        let place = self.places.facts()?;
         let engine = self.leases.engine();
         let directory = engine.data_directory();
         let identity = host::file_identity(directory)
             .map_err(|e| Failure::io("look at data directory", directory, &e))?;
         let describe = {
             let engine = Arc::clone(engine);
-            move || engine.describe()
+            move || {
+                let _place = place;
+                engine.describe()
+            }
         };
         let server = tokio::task::spawn_blocking(describe)
             .await
@@ -173,7 +233,9 @@ impl DonorService for Api {
             engine: engine.name().to_owned(),
             os: host::OS.to_owned(),
             machine: std::env::consts::ARCH.to_owned(),
-            capabilities: vec!["zstd".to_owned(), chunk::KNOWN_BLOCKS.to_owned()],
+            capabilities: [BINLOG_BASE, BOUND_SNAPSHOTS, KNOWN_BLOCKS, END_READS, "zstd"]
+                .map(str::to_owned)
+                .into(),
             digest_algorithms: vec![pbc::DigestAlgorithm::Xxh3128.into()],
             chunk_bytes_max: chunk::CHUNK_BYTES_MAX,
             ranges_max: u32::try_from(chunk::RANGES_MAX).unwrap_or(u32::MAX),
@@ -204,6 +266,7 @@ impl DonorService for Api {
         }
         let open = open_request(request.into_inner(), caller)?;
         let held = self.leases.open(open).await?;
+        told_of(&held);
         let position = held.snapshot.position();
         let estimate = held.snapshot.totals(position)?;
         Ok(Response::new(pb::OpenSnapshotResponse {
@@ -233,12 +296,17 @@ impl DonorService for Api {
         request: Request<pb::ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
         let held = self.held(&request, &request.get_ref().snapshot)?;
+        let (sender, receiver) = mpsc::channel(LIST_MESSAGES_QUEUED);
+        let outbox = self.outbox(sender, request.extensions(), &held);
         let request = request.into_inner();
         let position = wire::position(request.stage, request.round)?;
-        let (sender, receiver) = mpsc::channel(LIST_MESSAGES_QUEUED);
+        let places = self.places.walk(&held.lists, "ListFiles")?;
         tokio::task::spawn_blocking(move || {
-            if let Err(failure) = list(&held, position, request.start_number, &sender) {
-                drop(sender.blocking_send(Err(failure.to_status())));
+            let _places = places;
+            let listed = list(&held, position, request.start_number, &outbox);
+            drop(held);
+            if let Err(failure) = listed {
+                drop(outbox.send_last_blocking(Err(failure.to_status())));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -270,13 +338,18 @@ impl DonorService for Api {
         request: Request<pb::AdvanceStageRequest>,
     ) -> Result<Response<Self::AdvanceStageStream>, Status> {
         let held = self.held(&request, &request.get_ref().snapshot)?;
+        let (sender, receiver) = mpsc::channel(1);
+        let outbox = self.outbox(sender, request.extensions(), &held);
         let request = request.into_inner();
         let position = wire::position(request.stage, request.round)?;
-        let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(async move {
-            let answer = advance(&held, position, &sender).await;
-            drop(sender.send(answer.map_err(|failure| failure.to_status())).await);
-        });
+        let places = self.places.walk(&held.advances, "AdvanceStage")?;
+        let work = async move {
+            let _places = places;
+            let answer = advance(&held, position, &outbox).await;
+            drop(held);
+            drop(outbox.send_last(answer.map_err(|failure| failure.to_status())).await);
+        };
+        tokio::spawn(work.in_current_span());
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -285,10 +358,14 @@ impl DonorService for Api {
         request: Request<pb::RenewLeaseRequest>,
     ) -> Result<Response<pb::RenewLeaseResponse>, Status> {
         let held = self.held(&request, &request.get_ref().snapshot)?;
-        let lease = request.into_inner().lease_duration.map(lease_duration).transpose()?;
-        self.leases.renew(&held, lease);
+        let pb::RenewLeaseRequest { lease_duration: lease, end_reads, .. } = request.into_inner();
+        self.leases.renew(&held, lease.map(lease_duration).transpose()?);
+        if end_reads {
+            held.end_reads();
+        }
         Ok(Response::new(pb::RenewLeaseResponse {
             lease_expire_time: Some(time::timestamp(held.expire_time())),
+            held_back_reason: self.kindness.told().reason().unwrap_or_default(),
         }))
     }
 
@@ -297,9 +374,9 @@ impl DonorService for Api {
         request: Request<pb::CloseSnapshotRequest>,
     ) -> Result<Response<pb::CloseSnapshotResponse>, Status> {
         let why = match pb::Outcome::try_from(request.get_ref().outcome) {
-            Ok(pb::Outcome::Completed) => "completed",
-            Ok(pb::Outcome::Failed) => "failed",
-            Ok(pb::Outcome::Cancelled) => "cancelled",
+            Ok(pb::Outcome::Completed) => Ending::Completed,
+            Ok(pb::Outcome::Failed) => Ending::Failed,
+            Ok(pb::Outcome::Cancelled) => Ending::Cancelled,
             _ => {
                 let value = request.get_ref().outcome;
                 let text = format!("outcome {value} is not known");
@@ -363,15 +440,34 @@ fn open_request(message: pb::OpenSnapshotRequest, caller: Caller) -> Result<Open
         }
     }
     let ddl_timeout = message.ddl_timeout.map(time::duration_from_wire).transpose()?;
+    let queue_wait = message.queue_wait.map(time::duration_from_wire).transpose()?;
+    let queue_wait = queue_wait.unwrap_or_default();
+    if queue_wait > WAIT_MAX {
+        let text = format!("queue_wait of {queue_wait:?}; 0 to {WAIT_MAX:?} are allowed");
+        return Err(Failure::invalid("BAD_QUEUE_WAIT", text));
+    }
+    let binlog_base = Some(message.binlog_base).filter(|base| !base.is_empty());
+    if let Some(base) = binlog_base.as_deref().filter(|base| !binlog::is_base(base)) {
+        let text = format!(
+            "binlog_base is `{}`; a name without a directory, of at most {} bytes, is allowed",
+            base.chars().take(40).collect::<String>().escape_debug(),
+            binlog::BASE_BYTES_MAX
+        );
+        return Err(Failure::invalid("BAD_BINLOG_BASE", text));
+    }
     Ok(OpenRequest {
         public_key,
         lease,
         request_id: message.request_id,
         clone: message.clone,
+        // Who has logged in once can do so again: nothing is asked of it that it cannot do.
+        bound: message.bound || caller.has_logged_in,
         caller,
+        queue_wait,
         options: SnapshotOptions {
             block_ddl: message.block_ddl,
             ddl_timeout,
+            binlog_base,
             ..SnapshotOptions::default()
         },
     })
@@ -400,6 +496,8 @@ fn describe(held: &Held) -> pb::Snapshot {
         stage: position.stage.to_wire().into(),
         round: position.round,
         sent_bytes: held.sent_bytes.load(Ordering::Relaxed),
+        blocks_ddl: held.snapshot.blocks_ddl(),
+        read_deadline: Some(time::timestamp(held.read_deadline())),
     }
 }
 
@@ -408,7 +506,7 @@ fn list(
     held: &Held,
     position: marcot_common::position::Position,
     start: u64,
-    sender: &mpsc::Sender<Result<pb::ListFilesResponse, Status>>,
+    outbox: &Outbox<Result<pb::ListFilesResponse, Status>>,
 ) -> Result<(), Failure> {
     let totals = held.snapshot.totals(position)?;
     let mut message = pb::ListFilesResponse::default();
@@ -424,17 +522,19 @@ fn list(
             bytes = 0;
             message.entries_crc32c = Some(checksum::of_entries(&entries));
             entries.clear();
-            if held.ended.is_cancelled() {
-                return Err(snapshot_ended(&held.name));
-            }
-            if sender.blocking_send(Ok(std::mem::take(&mut message))).is_err() {
-                return Ok(());
+            held.note_taken(message.encoded_len() as u64);
+            let sent = match held.ended.is_cancelled() {
+                true => Err(CallerGone),
+                false => outbox.send_blocking(Ok(std::mem::take(&mut message))),
+            };
+            if sent.is_err() {
+                return if held.ended.is_cancelled() { Err(held.has_ended()) } else { Ok(()) };
             }
         }
     }
     message.entries_crc32c = Some(checksum::of_entries(&entries));
     message.end = Some(pb::ListEnd { totals: Some(totals_to_wire(totals)), growing: false });
-    drop(sender.blocking_send(Ok(message)));
+    drop(outbox.send_blocking(Ok(message)));
     Ok(())
 }
 
@@ -442,9 +542,10 @@ fn list(
 async fn advance(
     held: &Arc<Held>,
     from: marcot_common::position::Position,
-    sender: &mpsc::Sender<Result<pb::AdvanceStageResponse, Status>>,
+    outbox: &Outbox<Result<pb::AdvanceStageResponse, Status>>,
 ) -> Result<pb::AdvanceStageResponse, Failure> {
     let _one_at_a_time = held.advance.lock().await;
+    let _at_work = held.begin_work()?;
     let entries = Arc::new(AtomicU64::new(0));
     let gone = CancellationToken::new();
     let _stops_the_work = gone.clone().drop_guard();
@@ -454,7 +555,7 @@ async fn advance(
             held.snapshot.advance(from, &mut |count| {
                 entries.store(count, Ordering::Relaxed);
                 if gone.is_cancelled() || held.ended.is_cancelled() {
-                    return Err(snapshot_ended(&held.name));
+                    return Err(held.has_ended());
                 }
                 Ok(())
             })
@@ -467,15 +568,15 @@ async fn advance(
             result = &mut work => {
                 break result.map_err(|e| Failure::bug(format!("the engine stopped: {e}")))??;
             }
-            () = sender.closed(), if !gone.is_cancelled() => gone.cancel(),
+            () = outbox.closed(), if !gone.is_cancelled() => gone.cancel(),
             _ = tick.tick() => {
                 let progress = pb::AdvanceProgress {
                     activity: "compare the data directory with its list".to_owned(),
                     entries: entries.load(Ordering::Relaxed),
                 };
                 let step = pb::advance_stage_response::Step::Progress(progress);
-                // A full queue means that the caller is slow; the next tick tells it more.
-                drop(sender.try_send(Ok(pb::AdvanceStageResponse { step: Some(step) })));
+                held.note_use();
+                outbox.offer(Ok(pb::AdvanceStageResponse { step: Some(step) }));
             }
         }
     };

@@ -12,8 +12,12 @@ use std::{
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body::Frame as BodyFrame;
-use http_body_util::{BodyExt as _, Limited};
-use marcot_common::{chunk::MESSAGE_BYTES_MAX, failure::Failure};
+use http_body_util::BodyExt as _;
+use marcot_common::{
+    chunk::{MESSAGE_BYTES_MAX, RANGES_MAX},
+    failure::Failure,
+    fields,
+};
 use marcot_proto::donor::v1::{
     self as pb, donor_service_server::DonorServiceServer, read_ranges_response,
 };
@@ -24,7 +28,14 @@ use tower::Service;
 
 use crate::{api::Api, chunk_reader::Frame};
 
-const READ_RANGES: &str = "/marcot.donor.v1.DonorService/ReadRanges";
+/// Path of the method that is served here.
+pub const READ_RANGES: &str = "/marcot.donor.v1.DonorService/ReadRanges";
+
+/// Largest request of any other kind: names, a key, and some numbers.
+pub const REQUEST_BYTES_MAX: usize = 64 << 10;
+
+/// Number of `ReadRangesRequest.ranges`.
+const RANGES_FIELD: u64 = 4;
 
 /// Bytes of a gRPC message's prefix: a flag for compression, and the length.
 const PREFIX_BYTES: usize = 5;
@@ -41,7 +52,7 @@ impl ZeroCopyService {
     #[must_use]
     pub fn new(api: Api) -> Self {
         let generated = DonorServiceServer::new(api.clone())
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_decoding_message_size(REQUEST_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         Self { api, generated }
     }
@@ -77,6 +88,12 @@ impl Service<http::Request<Body>> for ZeroCopyService {
 async fn serve(api: &Api, request: http::Request<Body>) -> Result<http::Response<Body>, Failure> {
     let (parts, body) = request.into_parts();
     let message = read_message(body).await?;
+    // Counted before they are made: sixty bytes of memory for two on the wire.
+    let count = fields::count(&message, RANGES_FIELD).unwrap_or(0);
+    if count > RANGES_MAX {
+        let text = format!("{count} ranges asked for, 1 to {RANGES_MAX} are allowed");
+        return Err(Failure::invalid("BAD_RANGE", text));
+    }
     let request = pb::ReadRangesRequest::decode(message)
         .map_err(|e| Failure::invalid("BAD_MESSAGE", format!("ReadRangesRequest: {e}")))?;
     let frames = api.start_reading(&parts.extensions, request)?;
@@ -90,11 +107,8 @@ async fn serve(api: &Api, request: http::Request<Body>) -> Result<http::Response
 /// Reads the one message of a unary request.
 async fn read_message(body: Body) -> Result<Bytes, Failure> {
     let bad = |why: &str| Failure::invalid("BAD_MESSAGE", format!("request body {why}"));
-    let bytes = Limited::new(body, MESSAGE_BYTES_MAX)
-        .collect()
-        .await
-        .map_err(|e| bad(&format!("cannot be read: {e}")))?
-        .to_bytes();
+    let whole = body.collect().await.map_err(|status| Failure::from_status(&status))?;
+    let bytes = whole.to_bytes();
     if bytes.len() < PREFIX_BYTES {
         return Err(bad("is shorter than a message"));
     }
@@ -136,7 +150,7 @@ impl http_body::Body for FrameBody {
         }
         let next = ready!(self.frames.poll_recv(context));
         let frame = match next {
-            Some(Ok(Frame::Chunk(header, payload))) => {
+            Some(Ok(Frame::Chunk(header, payload, _))) => {
                 let bytes = encode_chunk(&header, payload.len());
                 self.payload = Some(payload).filter(|p| !p.is_empty());
                 BodyFrame::data(bytes)

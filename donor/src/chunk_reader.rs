@@ -3,6 +3,7 @@
 //! Invariants:
 //! * Over all frames the extents cover the ranges in order, each byte once, until a range fails.
 //! * At most one buffer is filled at a time; small files share it, a large range starts a new one.
+//! * A buffer counts against what may be held for its snapshot until the last of its bytes has left.
 //! * A call ends at its bound of bytes or time with a `ReadEnd` that says where to go on.
 
 use std::{
@@ -24,6 +25,7 @@ use marcot_common::{
 };
 use marcot_engine::{Content, FileReader, Snapshot};
 use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
+use tokio::sync::OwnedSemaphorePermit;
 
 /// Longest life of one call: shorter than the customary 60 s limit of proxies on one stream.
 const CALL_DURATION_MAX: Duration = Duration::from_secs(45);
@@ -35,8 +37,9 @@ const SHRINK_DENOMINATOR: usize = 16;
 /// A frame before it is encoded; a chunk's payload stays apart so that it is not copied.
 #[derive(Debug)]
 pub enum Frame {
-    /// Bytes: the message without its payload, and the payload.
-    Chunk(pb::Chunk, Bytes),
+    /// Bytes: the message without its payload, the payload, and how many bytes of files that do not grow
+    /// it stands for.
+    Chunk(pb::Chunk, Bytes, u64),
     /// A range that cannot be read.
     Failure(pb::RangeFailure),
     /// The last frame.
@@ -143,28 +146,59 @@ impl ReadPlan {
 #[derive(Debug)]
 pub struct CallerGone;
 
-/// Reads one call's ranges.
+/// Waits until so many bytes may be held for the caller.
+pub type Lend = Box<dyn Fn(usize) -> Result<Lent, CallerGone> + Send>;
+
+/// Bytes that are held for a snapshot, and for its peer.
 #[derive(Debug)]
+pub struct Lent(pub [OwnedSemaphorePermit; 2]);
+
+/// Reads one call's ranges.
 pub struct ChunkReader {
     snapshot: Arc<dyn Snapshot>,
     pool: Arc<BufferPool>,
+    lend: Lend,
     plan: ReadPlan,
     chunk: OpenChunk,
     end: pb::ReadEnd,
+    /// Whether the caller asks for no more.
+    is_enough: Box<dyn Fn() -> bool + Send>,
 }
 
 #[derive(Debug, Default)]
 struct OpenChunk {
     buffer: Vec<u8>,
+    lent: Option<Lent>,
     filled: usize,
     extents: Vec<pb::Extent>,
+    /// Bytes of files that do not grow.
+    covered: u64,
 }
 
 impl ChunkReader {
     /// Prepares a call; nothing is read yet.
     #[must_use]
-    pub fn new(snapshot: Arc<dyn Snapshot>, pool: Arc<BufferPool>, plan: ReadPlan) -> Self {
-        Self { snapshot, pool, plan, chunk: OpenChunk::default(), end: pb::ReadEnd::default() }
+    pub fn new(
+        snapshot: Arc<dyn Snapshot>,
+        pool: Arc<BufferPool>,
+        lend: Lend,
+        plan: ReadPlan,
+    ) -> Self {
+        Self {
+            snapshot,
+            pool,
+            lend,
+            plan,
+            chunk: OpenChunk::default(),
+            end: pb::ReadEnd::default(),
+            is_enough: Box::new(|| false),
+        }
+    }
+
+    /// Ends the call, as its bounds do, once the caller asks for no more.
+    #[must_use]
+    pub fn until(self, is_enough: Box<dyn Fn() -> bool + Send>) -> Self {
+        Self { is_enough, ..self }
     }
 
     /// Reads all ranges up to the call's bounds and hands each frame to `emit`, which blocks while
@@ -241,7 +275,8 @@ impl ChunkReader {
         let mut offset = range.offset;
         while offset < end {
             let may_stop = offset.is_multiple_of(unit);
-            if may_stop && (self.sent_enough() || Instant::now() >= deadline) {
+            if may_stop && (self.sent_enough() || Instant::now() >= deadline || (self.is_enough)())
+            {
                 return Ok(Ok(Progress::Stopped { done: offset - range.offset }));
             }
             // What is read together goes into one buffer.
@@ -261,7 +296,12 @@ impl ChunkReader {
                 None => self.read_some(range.file_id, reader.as_mut(), offset, end),
             };
             match read {
-                Ok(next) => offset = next,
+                Ok(next) => {
+                    if !reader.is_growing() {
+                        self.chunk.covered += next - offset;
+                    }
+                    offset = next;
+                }
                 Err(failure) => return Ok(Err(failure)),
             }
             if self.chunk.filled == self.plan.chunk_bytes || self.chunk.extents.len() >= EXTENTS_MAX
@@ -304,9 +344,7 @@ impl ChunkReader {
         if span.content != Content::Data || span.end < block_end {
             return self.read_some(file_id, reader, offset, block_end);
         }
-        if self.chunk.buffer.is_empty() {
-            self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
-        }
+        self.take_buffer()?;
         let length = block_end - offset;
         let room = &mut self.chunk.buffer[self.chunk.filled..];
         let Some(bytes) = usize::try_from(length).ok().and_then(|length| room.get_mut(..length))
@@ -341,9 +379,7 @@ impl ChunkReader {
                 self.end.hole_bytes += length;
             }
         } else {
-            if self.chunk.buffer.is_empty() {
-                self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
-            }
+            self.take_buffer()?;
             let room = &mut self.chunk.buffer[self.chunk.filled..];
             length = length.min(room.len() as u64);
             let unit = reader.unit().max(1);
@@ -358,6 +394,17 @@ impl ChunkReader {
         let (hole, unchanged) = (span.content == Content::Hole, span.content == Content::Unchanged);
         self.add_extent(pb::Extent { file_id, offset, length, hole, unchanged });
         Ok(offset + length)
+    }
+
+    /// Takes a buffer, unless there is one.
+    fn take_buffer(&mut self) -> Result<(), Failure> {
+        if self.chunk.buffer.is_empty() {
+            let gone =
+                |_| Failure::new(tonic::Code::Cancelled, "CALLER_GONE", "the caller has gone");
+            self.chunk.lent = Some((self.lend)(self.plan.chunk_bytes).map_err(gone)?);
+            self.chunk.buffer = self.pool.take(self.plan.chunk_bytes);
+        }
+        Ok(())
     }
 
     fn add_extent(&mut self, extent: pb::Extent) {
@@ -403,9 +450,10 @@ impl ChunkReader {
         let (codec, payload) = match compressed {
             Some(compressed) => {
                 self.pool.give_back(chunk.buffer);
-                (pbc::Codec::Zstd, Bytes::from(compressed))
+                let lent = LentBytes { bytes: compressed, _lent: chunk.lent };
+                (pbc::Codec::Zstd, Bytes::from_owner(lent))
             }
-            None => (pbc::Codec::None, self.pool.freeze(chunk.buffer, chunk.filled)),
+            None => (pbc::Codec::None, self.pool.freeze(chunk.buffer, chunk.filled, chunk.lent)),
         };
         self.end.payload_bytes += payload.len() as u64;
         let mut header = pb::Chunk {
@@ -420,7 +468,7 @@ impl ChunkReader {
             payload: Bytes::new(),
         };
         header.header_crc32c = Some(checksum::of_chunk_header(&header));
-        emit(Frame::Chunk(header, payload))
+        emit(Frame::Chunk(header, payload, chunk.covered))
     }
 }
 
@@ -455,12 +503,12 @@ impl BufferPool {
         }
     }
 
-    fn freeze(self: &Arc<Self>, buffer: Vec<u8>, filled: usize) -> Bytes {
+    fn freeze(self: &Arc<Self>, buffer: Vec<u8>, filled: usize, lent: Option<Lent>) -> Bytes {
         if filled == 0 {
             self.give_back(buffer);
             return Bytes::new();
         }
-        Bytes::from_owner(PooledBytes { buffer, filled, pool: Arc::clone(self) })
+        Bytes::from_owner(PooledBytes { buffer, filled, pool: Arc::clone(self), _lent: lent })
     }
 }
 
@@ -469,6 +517,19 @@ struct PooledBytes {
     buffer: Vec<u8>,
     filled: usize,
     pool: Arc<BufferPool>,
+    _lent: Option<Lent>,
+}
+
+/// Compressed bytes on their way out.
+struct LentBytes {
+    bytes: Vec<u8>,
+    _lent: Option<Lent>,
+}
+
+impl AsRef<[u8]> for LentBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl AsRef<[u8]> for PooledBytes {

@@ -1,31 +1,32 @@
-//! Snapshots under leases: admission, renewal, expiry.
+//! A snapshot under its lease: what it holds, whom it is there for, and when it ends.
 //!
 //! Invariants:
-//! * A snapshot lives until it is closed or its lease ends, whichever is first; then every reader
-//!   of it stops, and the engine's snapshot is dropped with the last of them.
-//! * There are never more than `snapshots_max` snapshots, those being opened among them.
+//! * A snapshot whose lease is renewed for ever ends all the same once nothing, or too little, was read of
+//!   it for too long; sooner while DDL waits for it.
+//! * A bound snapshot is there for the connection that has opened it and for those that have logged in
+//!   by its key; for nobody else of the same account.
 
 use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    path::PathBuf,
+    net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
 
 use marcot_common::{
-    failure::Failure,
-    in_use::{InUse, InUseError},
+    connection::ConnectionNumber, failure::Failure, in_use::InUse, network::of_peer,
 };
-use marcot_engine::{Engine, Snapshot, SnapshotOptions};
+use marcot_engine::{Snapshot, SnapshotOptions};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use tracing::{info, warn};
-use uuid::Uuid;
+
+pub use self::table::{Leases, SnapshotLimits};
+use crate::taken::{LeastTaken, Taken};
+
+mod table;
 
 /// Lease of a snapshot whose opener asked for none.
 pub const LEASE_DEFAULT: Duration = Duration::from_secs(60);
@@ -40,8 +41,19 @@ pub const LEASE_MAX: Duration = Duration::from_secs(30 * 60);
 /// would only queue on this host's disks.
 pub const READERS_MAX: usize = 32;
 
-/// How soon a refused opener may try again.
-const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Most lists, and most advances, at one time for one snapshot: a clone has one of each, and calls that
+/// were cut may not have ended.
+pub const WALKS_MAX: usize = 4;
+
+/// Most bytes of data that are held for one snapshot, read and not yet taken: two chunks for each of
+/// eight streams. A recipient that takes nothing waits for itself.
+pub const HELD_BYTES_MAX: usize = 16 << 20;
+
+/// Most of them for all snapshots of one peer: one that takes nothing leaves something for another.
+pub const HELD_PER_PEER_BYTES_MAX: usize = 24 << 20;
+
+/// What they are counted in.
+pub const HELD_UNIT_BYTES: usize = 64 << 10;
 
 /// What a caller opens a snapshot with, checked.
 #[derive(Debug, Clone)]
@@ -56,6 +68,10 @@ pub struct OpenRequest {
     pub clone: String,
     /// Who asks.
     pub caller: Caller,
+    /// Whether the snapshot is for its opener's connection and the clone's key alone.
+    pub bound: bool,
+    /// How long the caller waits for a place; zero: not at all.
+    pub queue_wait: Duration,
     /// For the engine.
     pub options: SnapshotOptions,
 }
@@ -69,6 +85,72 @@ pub struct Caller {
     pub snapshot: Option<String>,
     /// Address.
     pub peer: Option<SocketAddr>,
+    /// The connection.
+    pub connection: Option<ConnectionNumber>,
+    /// Whether it has logged in, rather than being known by a certificate or a token.
+    pub has_logged_in: bool,
+}
+
+impl Caller {
+    /// What its share of snapshots goes by.
+    fn share(&self) -> Option<IpAddr> {
+        self.peer.map(|peer| of_peer(peer.ip()))
+    }
+}
+
+/// How a snapshot has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Its clone is complete.
+    Completed,
+    /// Its clone has failed.
+    Failed,
+    /// Its clone was cancelled.
+    Cancelled,
+    /// Nobody has renewed its lease.
+    Expired,
+    /// Nothing was read of it for long.
+    Idle,
+    /// Too little was read of it for long.
+    Slow,
+    /// This donor ends.
+    Stopped,
+}
+
+impl Ending {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Expired,
+        Self::Idle,
+        Self::Slow,
+        Self::Stopped,
+    ];
+
+    /// For the log.
+    fn text(self) -> &'static str {
+        match self {
+            Self::Expired => "lease expired",
+            Self::Stopped => "donor stops",
+            ending => ending.label(),
+        }
+    }
+
+    /// For metrics.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
+            Self::Idle => "idle",
+            Self::Slow => "slow",
+            Self::Stopped => "stopped",
+        }
+    }
 }
 
 /// A snapshot under its lease.
@@ -86,13 +168,31 @@ pub struct Held {
     pub ended: CancellationToken,
     /// A place for each ReadRanges call.
     pub readers: Arc<Semaphore>,
+    /// A place for each ListFiles call.
+    pub lists: Arc<Semaphore>,
+    /// A place for each AdvanceStage call.
+    pub advances: Arc<Semaphore>,
+    /// What may be held for it, and for all of its peer's, in `HELD_UNIT_BYTES`.
+    pub held_units: [Arc<Semaphore>; 2],
     /// One advance at a time.
     pub advance: tokio::sync::Mutex<()>,
     /// Payload bytes sent.
     pub sent_bytes: AtomicU64,
     /// Keeps the data directory from being replaced.
     _in_use: Option<InUse>,
+    /// The connection that it was opened on last.
+    opener: Mutex<Option<ConnectionNumber>>,
     expiry: Mutex<(Instant, SystemTime)>,
+    /// When something of it was sent last.
+    used: Mutex<Instant>,
+    least: LeastTaken,
+    taken: Mutex<Taken>,
+    /// Advances at work.
+    at_work: AtomicUsize,
+    /// Counts how often its recipient has asked for its reads to end.
+    reads_end: AtomicU64,
+    /// Why it has ended.
+    why: OnceLock<String>,
 }
 
 impl Held {
@@ -106,245 +206,128 @@ impl Held {
         *lock(&self.expiry) = (Instant::now() + lease, SystemTime::now() + lease);
     }
 
-    fn expired(&self, now: Instant) -> bool {
-        lock(&self.expiry).0 <= now
-    }
-}
-
-/// All snapshots of this donor.
-#[derive(Debug)]
-pub struct Leases {
-    engine: Arc<dyn Engine>,
-    data_directory: PathBuf,
-    snapshots_max: usize,
-    table: Mutex<Table>,
-    expired_total: AtomicU64,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    held: HashMap<String, Arc<Held>>,
-    opening: usize,
-    draining: bool,
-}
-
-impl Leases {
-    /// No snapshot yet.
-    #[must_use]
-    pub fn new(engine: Arc<dyn Engine>, data_directory: PathBuf, snapshots_max: usize) -> Self {
-        Self {
-            engine,
-            data_directory,
-            snapshots_max,
-            table: Mutex::default(),
-            expired_total: AtomicU64::new(0),
+    /// Whether it is there for a caller: by the clone's key, or as its opener.
+    fn is_for(&self, caller: &Caller) -> bool {
+        if let Some(snapshot) = &caller.snapshot {
+            return *snapshot == self.name;
         }
+        let is_own = self.request.caller.user == caller.user;
+        is_own && (!self.request.bound || *lock(&self.opener) == caller.connection)
     }
 
-    /// The engine that makes snapshots.
-    #[must_use]
-    pub fn engine(&self) -> &Arc<dyn Engine> {
-        &self.engine
+    /// Something of it is being sent.
+    pub fn note_use(&self) {
+        *lock(&self.used) = Instant::now();
     }
 
-    /// Says that a clone reads the data directory.
-    fn use_data_directory(&self) -> Result<Option<InUse>, Failure> {
-        match InUse::shared(&self.data_directory) {
-            Ok(in_use) => Ok(Some(in_use)),
-            Err(InUseError::Taken) => Err(Failure::new(
-                Code::Unavailable,
-                "DATA_DIRECTORY_REPLACED",
-                format!(
-                    "a clone replaces the data in {} at this moment; clone from it again later",
-                    self.data_directory.display()
-                ),
-            )),
-            // A file system without locks (some FUSE) has no such guard.
-            Err(InUseError::Io(e)) => {
-                warn!(error = %e, "the data directory cannot be marked as in use");
-                Ok(None)
-            }
+    /// So many bytes of its present list are being sent.
+    pub fn note_taken(&self, bytes: u64) {
+        self.note_use();
+        let position = self.snapshot.position();
+        let Ok(whole) = self.snapshot.totals(position) else { return };
+        let needed = self.least.bytes(self.least.window(self.snapshot.blocks_ddl()).0);
+        let (mut taken, now) = (lock(&self.taken), Instant::now());
+        taken.at(position, now);
+        taken.add(bytes, &whole, needed, now);
+    }
+
+    /// The donor is at work for its recipient, for as long as what is returned lives. Not again where the
+    /// time was over before: work that is broken off, and begun anew, would never end.
+    pub fn begin_work(self: &Arc<Self>) -> Result<AtWork, Failure> {
+        if let Some((_, why)) = self.expired(Instant::now()) {
+            return Err(ended(&self.name, &why));
         }
+        self.at_work.fetch_add(1, Ordering::Relaxed);
+        Ok(AtWork(Arc::clone(self)))
     }
 
-    /// Opens a snapshot, or returns the one that the same clone opened with the same id.
-    pub async fn open(self: &Arc<Self>, request: OpenRequest) -> Result<Arc<Held>, Failure> {
-        let place = match self.admit(&request)? {
-            Admission::Known(held) => {
-                held.renew(request.lease);
-                return Ok(held);
-            }
-            Admission::Place(place) => place,
-        };
-        let in_use = self.use_data_directory()?;
-        let engine = Arc::clone(&self.engine);
-        let mut options = request.options.clone();
-        // A caller that goes drops this call.
-        let _waits = options.begin_to_wait();
-        let snapshot = tokio::task::spawn_blocking(move || engine.open(&options))
-            .await
-            .map_err(|e| Failure::bug(format!("the engine stopped: {e}")))??;
-        let lease = request.lease;
-        let held = Arc::new(Held {
-            name: format!("snapshots/{}", Uuid::now_v7()),
-            snapshot: Arc::from(snapshot),
-            create_time: SystemTime::now(),
-            ended: CancellationToken::new(),
-            readers: Arc::new(Semaphore::new(READERS_MAX)),
-            advance: tokio::sync::Mutex::new(()),
-            sent_bytes: AtomicU64::new(0),
-            _in_use: in_use,
-            expiry: Mutex::new((Instant::now() + lease, SystemTime::now() + lease)),
-            request,
-        });
-        lock(&self.table).held.insert(held.name.clone(), Arc::clone(&held));
-        drop(place);
-        info!(
-            snapshot = %held.name,
-            clone = %held.request.clone,
-            user = held.request.caller.user.as_deref().unwrap_or(""),
-            peer = held.request.caller.peer.map(tracing::field::display),
-            "snapshot opened"
-        );
-        Ok(held)
+    /// Its reads end at their next chunk.
+    pub fn end_reads(&self) {
+        self.reads_end.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn admit(self: &Arc<Self>, request: &OpenRequest) -> Result<Admission, Failure> {
-        let mut table = lock(&self.table);
-        if table.draining {
-            return Err(Failure::new(Code::Unavailable, "DRAINING", "the donor is shutting down")
-                .retry_after(RETRY_AFTER));
+    /// How often they were to end so far.
+    pub fn reads_ended(&self) -> u64 {
+        self.reads_end.load(Ordering::Relaxed)
+    }
+
+    /// Why it ends now, if it does.
+    fn expired(&self, now: Instant) -> Option<(Ending, String)> {
+        if lock(&self.expiry).0 <= now {
+            return Some((Ending::Expired, Ending::Expired.text().to_owned()));
         }
-        let known = table.held.values().find(|held| {
-            !request.request_id.is_empty()
-                && held.request.request_id == request.request_id
-                && held.request.public_key == request.public_key
-                && held.request.caller.user == request.caller.user
-        });
-        if let Some(held) = known {
-            return Ok(Admission::Known(Arc::clone(held)));
-        }
-        let count = table.held.len() + table.opening;
-        if count >= self.snapshots_max {
-            return Err(Failure::new(
-                Code::ResourceExhausted,
-                "SNAPSHOT_LIMIT",
-                format!(
-                    "the donor holds {count} snapshots, at most {} are allowed; \
-                     wait for a clone to end or raise --snapshots-max",
-                    self.snapshots_max
-                ),
-            )
-            .mysql(3634)
-            .retry_after(RETRY_AFTER));
-        }
-        table.opening += 1;
-        Ok(Admission::Place(Place(Arc::clone(self))))
-    }
-
-    /// Finds a snapshot that `caller` may use.
-    pub fn find(&self, name: &str, caller: &Caller) -> Result<Arc<Held>, Failure> {
-        let held = lock(&self.table).held.get(name).cloned();
-        held.filter(|held| {
-            let own = held.request.caller.user == caller.user;
-            let keyed = caller.snapshot.as_deref().is_none_or(|snapshot| snapshot == name);
-            own && keyed
-        })
-        .ok_or_else(|| {
-            let shown: String = name.chars().take(80).collect();
-            Failure::new(
-                Code::NotFound,
-                "UNKNOWN_SNAPSHOT",
-                format!(
-                    "`{shown}` is no snapshot of this donor; it may have been closed or expired"
-                ),
-            )
-            .with("snapshot", shown)
-        })
-    }
-
-    /// Renews a lease.
-    pub fn renew(&self, held: &Held, lease: Option<Duration>) {
-        held.renew(lease.unwrap_or(held.request.lease));
-    }
-
-    /// Ends a snapshot; nothing happens when it has ended.
-    pub fn close(&self, name: &str, why: &str) {
-        let held = lock(&self.table).held.remove(name);
-        if let Some(held) = held {
-            held.ended.cancel();
-            info!(
-                snapshot = %name,
-                clone = %held.request.clone,
-                sent_bytes = held.sent_bytes.load(Ordering::Relaxed),
-                why,
-                "snapshot closed"
+        let blocks_ddl = self.snapshot.blocks_ddl();
+        let (idle, option) = self.least.window(blocks_ddl);
+        let while_ddl = if blocks_ddl { ", while DDL waits for it" } else { "" };
+        let unused = now.saturating_duration_since(*lock(&self.used));
+        if unused >= idle {
+            let (past, most) = (unused.as_secs(), idle.as_secs());
+            let why = format!(
+                "nothing was read of it for {option}: {past} s, at most {most} s are allowed{while_ddl}"
             );
-            marcot_common::os::give_memory_back();
+            return Some((Ending::Idle, why));
         }
-    }
-
-    /// All snapshots, oldest first.
-    #[must_use]
-    pub fn all(&self) -> Vec<Arc<Held>> {
-        let mut all: Vec<_> = lock(&self.table).held.values().cloned().collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        all
-    }
-
-    /// Snapshots whose lease ran out, since the start.
-    #[must_use]
-    pub fn expired_total(&self) -> u64 {
-        self.expired_total.load(Ordering::Relaxed)
-    }
-
-    /// Refuses new snapshots from now on.
-    pub fn drain(&self) {
-        lock(&self.table).draining = true;
-    }
-
-    /// Whether a snapshot is held or being opened.
-    #[must_use]
-    pub fn is_busy(&self) -> bool {
-        let table = lock(&self.table);
-        !table.held.is_empty() || table.opening > 0
-    }
-
-    /// Ends snapshots whose lease has run out, until cancelled.
-    pub async fn expire(self: Arc<Self>, stop: CancellationToken) {
-        let mut tick = tokio::time::interval(Duration::from_secs(1));
-        while stop.run_until_cancelled(tick.tick()).await.is_some() {
-            let now = Instant::now();
-            let expired: Vec<_> = lock(&self.table)
-                .held
-                .values()
-                .filter(|held| held.expired(now))
-                .map(|held| held.name.clone())
-                .collect();
-            for name in expired {
-                self.expired_total.fetch_add(1, Ordering::Relaxed);
-                self.close(&name, "lease expired");
-            }
+        let (since, bytes) = self.taken_since(now);
+        let past = now.saturating_duration_since(since);
+        let is_slow = self.least.rate > 0 && past >= idle;
+        // What the donor works at may be much; it is told what has come of it.
+        if !is_slow || self.at_work.load(Ordering::Relaxed) > 0 {
+            return None;
         }
-        let names: Vec<_> = self.all().iter().map(|held| held.name.clone()).collect();
-        for name in names {
-            self.close(&name, "donor stops");
+        let why = format!(
+            "{bytes} bytes of it were read in {} s, at least {} must be within {option} ({} s at \
+             --snapshot-rate-min, {} bytes per second){while_ddl}",
+            past.as_secs(),
+            self.least.bytes(idle),
+            idle.as_secs(),
+            self.least.rate
+        );
+        Some((Ending::Slow, why))
+    }
+
+    fn taken_since(&self, now: Instant) -> (Instant, u64) {
+        let position = self.snapshot.position();
+        let mut taken = lock(&self.taken);
+        taken.at(position, now);
+        taken.since()
+    }
+
+    /// When it ends unless more of it is read until then.
+    #[must_use]
+    pub fn read_deadline(&self) -> SystemTime {
+        let now = Instant::now();
+        let idle = self.least.window(self.snapshot.blocks_ddl()).0;
+        let mut from = *lock(&self.used);
+        if self.least.rate > 0 && self.at_work.load(Ordering::Relaxed) == 0 {
+            from = from.min(self.taken_since(now).0);
         }
+        SystemTime::now() + idle.saturating_sub(now.saturating_duration_since(from))
+    }
+
+    /// What a call that needs it is told once it has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> Failure {
+        let why = self.why.get().map(String::as_str).unwrap_or_default();
+        ended(&self.name, why)
     }
 }
 
-enum Admission {
-    Known(Arc<Held>),
-    Place(Place),
-}
+/// While it lives the donor is at work for a snapshot.
+#[derive(Debug)]
+pub struct AtWork(Arc<Held>);
 
-/// A place that counts while a snapshot is being opened.
-struct Place(Arc<Leases>);
-
-impl Drop for Place {
+impl Drop for AtWork {
     fn drop(&mut self) {
-        lock(&self.0.table).opening -= 1;
+        self.0.at_work.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+fn ended(name: &str, why: &str) -> Failure {
+    let text = match why {
+        "" => format!("`{name}` is no snapshot of this donor; it may have been closed or expired"),
+        why => format!("{name} was ended by the donor: {why}"),
+    };
+    Failure::new(Code::NotFound, "UNKNOWN_SNAPSHOT", text).with("snapshot", name)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

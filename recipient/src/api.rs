@@ -168,7 +168,11 @@ impl RecipientService for Api {
     ) -> Result<Response<pb::ValidateCloneResponse>, Status> {
         use validate_clone_request::Request as Kind;
         let settings = self.clones.settings();
-        if !matches!(request.get_ref().request, Some(Kind::CloneLocal(_))) {
+        let may_hold_secret = match &request.get_ref().request {
+            Some(Kind::CloneLocal(message)) => has_secret(message.options.as_ref()),
+            _ => true,
+        };
+        if may_hold_secret {
             refuse_bare_secret(&request)?;
         }
         let checked = match request.get_ref().request.clone() {
@@ -390,3 +394,6 @@ fn token_of(clone: &pb::Clone) -> String {
     use prost::Message as _;
     format!("{:08x}", crc32c::crc32c(&clone.encode_to_vec()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -117,6 +117,9 @@ pub struct CertifiedCoordinates {
     pub server_id: u32,
     /// See there.
     pub server_version: String,
+    /// See there.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub binlog_lacks_replicated: bool,
 }
 
 /// Digest of the blocks, in a summary.
@@ -124,6 +127,12 @@ pub const BLAKE3_256: &str = "BLAKE3-256";
 
 /// No digests, in a summary.
 pub const NO_DIGESTS: &str = "none";
+
+/// Whether a tree is what a clone, `clones/{id}`, has brought: its certificate says so.
+#[must_use]
+pub fn is_of(tree: &Path, clone: &str) -> bool {
+    read::Certificate::open(&tree.join(FILE_NAME)).is_ok_and(|found| found.summary.clone == clone)
+}
 
 /// Writes the certificate of a staged tree, not yet durable; returns its root digest. Without a
 /// `table` it has no digests. `stop` is asked between entries.

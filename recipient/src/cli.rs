@@ -10,6 +10,7 @@ mod caret;
 mod connect;
 mod json;
 mod output;
+mod programs;
 mod progress;
 mod request;
 mod resume;
@@ -21,18 +22,25 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 use marcot_common::failure::Failure;
-use marcot_proto::recipient::v1::{
-    AcceptCloneRequest, CancelCloneRequest, Clone, DeleteLeftoverRequest, GetCloneRequest,
-    InstallCloneRequest, ListClonesRequest, ListLeftoversRequest, PauseCloneRequest,
-    RollbackCloneRequest, UpdateCloneLimitsRequest, ValidateCloneRequest,
+use marcot_proto::{
+    donor::v1::ListSnapshotsRequest,
+    recipient::v1::{
+        AcceptCloneRequest, CancelCloneRequest, Clone, DeleteLeftoverRequest, GetCloneRequest,
+        InstallCloneRequest, ListClonesRequest, ListLeftoversRequest, PauseCloneRequest,
+        RollbackCloneRequest, UpdateCloneLimitsRequest, ValidateCloneRequest,
+    },
 };
 
 use self::{
-    arguments::{Arguments, Command, StartCommand},
+    arguments::{Arguments, Command, DonorCommand, StartCommand},
     connect::Client,
     output::{Output, print_failure},
     wait::{Interrupt, Interrupts, Waited},
 };
+
+/// Most snapshots that are listed: a donor holds 1,024 at the most, and one that never ends its
+/// list is no donor.
+const SNAPSHOTS_MAX: usize = 1024;
 
 /// Runs the command line.
 pub async fn run() -> ExitCode {
@@ -106,12 +114,12 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             output.clone(&answer.into_inner().clone.unwrap_or_default());
             Ok(End::Done)
         }
-        Command::Limit { name, concurrency, bandwidth } => {
-            let limits = request::limits(*concurrency, *bandwidth).ok_or_else(|| {
+        Command::Limit { name, limits } => {
+            let limits = limits.to_wire().ok_or_else(|| {
                 Failure::invalid(
                     "NO_LIMIT",
-                    "no limit is given; give --concurrency, --max-data-bandwidth or \
-                     --max-network-bandwidth",
+                    "no limit is given; give --concurrency, --autotune-concurrency, \
+                     --max-data-bandwidth or --max-network-bandwidth",
                 )
             })?;
             let mut client = Client::connect(arguments).await?;
@@ -158,7 +166,26 @@ async fn execute(arguments: &Arguments, output: Output) -> Result<End, Failure> 
             Ok(End::Done)
         }
         Command::Prune { remove, all } => prune(arguments, remove, *all, output).await,
+        Command::Donor { what: DonorCommand::List { donor } } => {
+            let mut api = connect::donor(arguments, donor).await?;
+            let mut snapshots = Vec::new();
+            let mut request = ListSnapshotsRequest::default();
+            while snapshots.len() < SNAPSHOTS_MAX {
+                let answer = api.list_snapshots(request).await.map_err(failed)?.into_inner();
+                snapshots.extend(answer.snapshots);
+                if answer.next_page_token.is_empty() {
+                    break;
+                }
+                request = ListSnapshotsRequest {
+                    page_token: answer.next_page_token,
+                    ..Default::default()
+                };
+            }
+            output.snapshots(&snapshots);
+            Ok(End::Done)
+        }
         Command::Account { what } => account::run(what, output).map(|()| End::Done),
+        Command::CopyPrograms { directory } => programs::copy(directory).map(|()| End::Done),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Arguments::command(), "marcot", &mut script);

@@ -41,8 +41,8 @@ use crate::{
 /// Name of the journal in the staging directory.
 pub const FILE_NAME: &str = "copy-journal";
 
-/// Starts without a finished unit between them, before a clone is given up: it is what stops the
-/// recipient.
+/// Starts that were cut short, with nothing copied between them, before a clone is given up: it is what
+/// stops the recipient.
 const STARTS_MAX: u32 = 5;
 
 /// The journal of a clone that runs.
@@ -89,6 +89,16 @@ impl CopyJournal {
     fn new(journal: Journal, directory: &Path) -> Self {
         let (journal, directory) = (Mutex::new(journal), directory.to_owned());
         Self { journal, directory, cost: Cost::default() }
+    }
+
+    /// This run of the clone ends by itself, and another may go on: a donor that is away stops no recipient.
+    pub fn ended(&self) -> Result<(), Failure> {
+        self.append_bytes(RecordKind::Ended, &[])
+    }
+
+    /// The server is about to be stopped for data that are to be discarded, or is to be no more.
+    pub fn note_server(&self, away: bool) -> Result<(), Failure> {
+        self.append_bytes(if away { RecordKind::Away } else { RecordKind::Back }, &[])
     }
 
     /// Tells what it has cost: of this run of the service.
@@ -243,7 +253,7 @@ impl CopyFound {
 struct Reading {
     found: CopyFound,
     has_snapshot: bool,
-    /// Starts since the last unit.
+    /// Starts since something was copied last, or a run ended by itself.
     starts: u32,
     done: UnitDone,
 }
@@ -259,6 +269,7 @@ impl Reading {
             }
             k if k == RecordKind::Shaping as u8 => found.round = None,
             k if k == RecordKind::RoundBegun as u8 => {
+                self.starts = 0;
                 found.round = round_found(decode(&payload)?, done);
             }
             k if k == RecordKind::UnitDone as u8 => {
@@ -274,6 +285,7 @@ impl Reading {
                 }
             }
             k if k == RecordKind::Grown as u8 => {
+                self.starts = 0;
                 let grown: Grown = decode(&payload)?;
                 let files = found.round.iter_mut().flat_map(|round| &mut round.growing);
                 for file in files.filter(|file| file.file_id.0 == grown.file_id) {
@@ -281,6 +293,7 @@ impl Reading {
                 }
             }
             k if k == RecordKind::WentOn as u8 => self.starts += 1,
+            k if k == RecordKind::Ended as u8 => self.starts = 0,
             // Of a later version; it says nothing that may not be passed over.
             _ => {}
         }
@@ -308,6 +321,45 @@ impl Reading {
         }
         Ok(self.found)
     }
+}
+
+/// Whether the journal in a staging directory tells of a snapshot: one that a stop has left before that is no
+/// copy's.
+#[must_use]
+pub fn tells_of_a_snapshot(directory: &Path) -> bool {
+    let mut kinds = Vec::new();
+    // Of a large journal the rest is not read.
+    let read = Journal::read_with(&directory.join(FILE_NAME), &mut |record| {
+        kinds.push(record.kind);
+        if kinds.len() < 2 { Ok(()) } else { Err(Failure::bug("two records are enough")) }
+    });
+    // One that cannot be read is another matter.
+    kinds.get(1).map_or(read.is_err() && !kinds.is_empty(), |&kind| {
+        kind == RecordKind::SnapshotOpened as u8
+    })
+}
+
+/// Whether the journal in a staging directory says that a server was stopped, and not that it runs again.
+#[must_use]
+pub fn is_away(directory: &Path) -> bool {
+    let mut is_away = false;
+    let read = Journal::read_with(&directory.join(FILE_NAME), &mut |record| {
+        is_away = match record.kind {
+            k if k == RecordKind::Away as u8 => true,
+            k if k == RecordKind::Back as u8 => false,
+            _ => is_away,
+        };
+        Ok(())
+    });
+    // Where it is damaged, what comes before tells.
+    drop(read);
+    is_away
+}
+
+/// Records that it runs again.
+pub fn note_back(directory: &Path) -> Result<(), Failure> {
+    let mut journal = Journal::open_with(&directory.join(FILE_NAME), &mut |_| Ok(()))?;
+    journal.append(RecordKind::Back as u8, &[])
 }
 
 /// Brings a table of digests up to what a journal holds, in the order in which it was written.

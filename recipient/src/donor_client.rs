@@ -1,40 +1,42 @@
-//! The only module that speaks to a donor.
-//!
-//! Every connection of a clone goes to one address, in one mode, to one certificate: what the first
-//! one found is pinned for the others. Mode and certificate stay so for all of the clone's snapshots;
-//! the address follows the donor's name when that has left it. The first connection logs in by
-//! password, the others by the clone's key, which only this process holds.
+//! The only module that speaks to a donor: a clone's connections, and what is read from its snapshot.
+
+mod advance;
+mod lists;
+mod opening;
 
 use std::{
+    ops::{Deref, DerefMut},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
 use marcot_common::{
     checksum,
-    chunk::{KNOWN_BLOCKS, MESSAGE_BYTES_MAX},
-    connect::{ClientTls, ConnectOptions, DonorConnection, connect},
+    chunk::{END_READS, KNOWN_BLOCKS},
+    connect::{ConnectOptions, DonorConnection, connect},
     entry::Totals,
     failure::Failure,
     login,
     position::Position,
     telemetry::propagation::TraceInterceptor,
-    time::{self, duration_to_wire},
     wire,
 };
-use marcot_engine::{Advanced, SnapshotOptions};
+use marcot_engine::Advanced;
 use marcot_proto::{
     auth::v1::auth_service_client::AuthServiceClient,
     common::v1 as pbc,
     donor::v1::{self as pb, donor_service_client::DonorServiceClient},
 };
 use prost::Message as _;
-use tokio::task::AbortHandle;
-use tonic::{Code, service::interceptor::InterceptedService, transport::Channel};
-use tracing::{Span, warn};
+use tokio::{sync::Semaphore, task::AbortHandle};
+use tonic::{
+    Code, Streaming, client::Grpc, service::interceptor::InterceptedService, transport::Channel,
+};
+use tracing::warn;
 
+use self::advance::AdvanceWatch;
+pub use self::opening::Greeted;
 use crate::{
     copy_journal::record::SnapshotOpened,
     fetch::{
@@ -42,34 +44,55 @@ use crate::{
         compression::Compression,
         remote::{ReadOptions, copy_units, follow},
     },
-    job::CloneJob,
     list::{FileList, ListReceiver},
     plan::Cut,
     progress::Progress,
-    request::DonorRequest,
     retry::Patience,
-    settings::Settings,
+    settings::CONCURRENCY_MAX,
     source::{Opened, Source},
+    stall::Pulse,
 };
-
-/// Shortest lease of a snapshot: a recipient that misses two renewals keeps it.
-const LEASE_MIN: Duration = Duration::from_secs(60);
-
-/// Between two renewals of the lease.
-const RENEW_INTERVAL: Duration = Duration::from_secs(20);
-
-/// Longest wait for the donor to list its files, of so many entries at the most: keepalive finds a
-/// donor that is gone, and no healthy disk is as slow as this.
-fn open_timeout(entries_max: u64) -> Duration {
-    const WALKED_PER_SECOND: u64 = 5_000;
-    Duration::from_secs(15 * 60) + Duration::from_secs(entries_max / WALKED_PER_SECOND)
-}
 
 /// Longest wait for an answer that needs no work.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A client whose calls belong to the caller's trace.
-type Client = DonorServiceClient<InterceptedService<Channel, TraceInterceptor>>;
+/// Largest answer that is neither a list nor data: what a server says of itself, and a GTID set. In
+/// memory it is forty times as much at the most.
+const ANSWER_BYTES_MAX: usize = 512 << 10;
+
+/// Calls belong to the caller's trace.
+type Service = InterceptedService<Channel, TraceInterceptor>;
+
+/// A client; the call whose answers are large has bounds of its own.
+#[derive(Debug, Clone)]
+struct Client {
+    calls: DonorServiceClient<Service>,
+    lists: Grpc<Service>,
+}
+
+impl Deref for Client {
+    type Target = DonorServiceClient<Service>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.calls
+    }
+}
+
+impl DerefMut for Client {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.calls
+    }
+}
+
+impl Client {
+    /// In the place of the generated call.
+    async fn list_files(
+        &mut self,
+        request: pb::ListFilesRequest,
+    ) -> Result<tonic::Response<Streaming<pb::ListFilesResponse>>, tonic::Status> {
+        lists::list_files(&mut self.lists, request).await
+    }
+}
 
 /// A snapshot on a donor.
 #[derive(Debug)]
@@ -90,226 +113,6 @@ impl Drop for DonorSource {
     }
 }
 
-/// A donor that has let this clone in, and said what it is.
-#[derive(Debug)]
-pub struct Greeted {
-    client: Client,
-    pinned: ConnectOptions,
-    accounts: bool,
-    server_info: pb::GetServerInfoResponse,
-}
-
-impl Greeted {
-    /// Connects, logs in, and asks what the donor is.
-    pub async fn connect(
-        request: &DonorRequest,
-        settings: &Settings,
-        job: Option<&CloneJob>,
-    ) -> Result<Self, Failure> {
-        let options = ConnectOptions::new(&request.host, request.port, request.ssl_mode)
-            .with_donors(Arc::clone(&settings.donors))
-            .with_tls_versions(settings.donor_tls_versions)
-            .with_tls(settings.donor_tls.with_fingerprint(request.fingerprint));
-        // Another snapshot of the same clone: nothing that happened meanwhile makes it trust less.
-        let options = match job.and_then(|job| job.pins.get()) {
-            Some((encrypted, fingerprint)) => options.pinned_as(*encrypted, *fingerprint),
-            None => options,
-        };
-        let connection = connect(&options).await?;
-        let pinned = options.pinned(&connection);
-        let DonorConnection { channel, security, .. } = connection;
-        if let Some(job) = job {
-            job.pins.get_or_init(|| (security.encrypted, security.fingerprint));
-            job.status.update(|clone| {
-                clone.encrypted = Some(security.encrypted);
-                clone.cipher.clone_from(&security.cipher);
-                let fingerprint = security.fingerprint.map(|f| Bytes::copy_from_slice(&f));
-                clone.donor_fingerprint = fingerprint.unwrap_or_default();
-            });
-        }
-        let accounts = log_in(&channel, request, &security, &options.tls).await?;
-        let mut client = client_on(channel);
-        let server_info = call(
-            "GetServerInfo",
-            CALL_TIMEOUT,
-            client.get_server_info(pb::GetServerInfoRequest {}),
-        )
-        .await?;
-        if let Some(job) = job {
-            job.status.update(|clone| clone.donor_version.clone_from(&server_info.version));
-        }
-        Ok(Self { client, pinned, accounts, server_info })
-    }
-
-    /// What the donor says of itself.
-    #[must_use]
-    pub fn server_info(&self) -> &pb::GetServerInfoResponse {
-        &self.server_info
-    }
-}
-
-impl DonorSource {
-    /// Opens a snapshot.
-    pub async fn open(
-        greeted: Greeted,
-        request: &DonorRequest,
-        snapshot: &SnapshotOptions,
-        settings: &Settings,
-        clone_id: &str,
-        job: Option<&CloneJob>,
-    ) -> Result<Self, Failure> {
-        let Greeted { mut client, pinned, accounts, server_info } = greeted;
-        let key = Arc::new(login::CloneKey::generate()?);
-        let lease = lease(settings.donor_timeout, &server_info);
-        let open = pb::OpenSnapshotRequest {
-            public_key: Bytes::copy_from_slice(key.public_key()),
-            lease_duration: Some(duration_to_wire(lease)),
-            request_id: uuid::Uuid::new_v4().to_string(),
-            clone: format!("clones/{clone_id}"),
-            block_ddl: snapshot.block_ddl,
-            ddl_timeout: snapshot.ddl_timeout.map(duration_to_wire),
-            ..pb::OpenSnapshotRequest::default()
-        };
-        let progress = job.map(|job| Arc::clone(&job.progress)).unwrap_or_default();
-        // A check of what a clone would do does not wait for a donor that has gone.
-        let donor_timeout = job.map_or(Duration::ZERO, |_| settings.donor_timeout);
-        let mut patience = Patience::new(&progress.retries, donor_timeout);
-        let mut opening = Opening { client: client.clone(), request: open.clone(), is_open: false };
-        let opened = loop {
-            let limit = open_timeout(settings.entries_max);
-            let call = call("OpenSnapshot", limit, client.open_snapshot(open.clone()));
-            let mut failure = match call.await {
-                Ok(opened) => break opened,
-                Err(failure) => failure,
-            };
-            // The same request opens the same snapshot, also when only the answer was lost.
-            client = loop {
-                tokio::time::sleep(patience.after(failure)?).await;
-                match connect_anew(&pinned, request).await {
-                    Ok(client) => break client,
-                    Err(again) => failure = again,
-                }
-            };
-            opening.client = client.clone();
-        };
-        opening.is_open = true;
-        drop(patience);
-        let connector = Connector {
-            options: pinned,
-            snapshot: opened.snapshot.clone(),
-            key: accounts.then_some(key),
-        };
-        let control = Arc::new(Control {
-            connector: connector.clone(),
-            client: tokio::sync::Mutex::new(Some(client)),
-            progress,
-            donor_timeout: settings.donor_timeout,
-            stall_timeout: settings.stall_timeout,
-        });
-        let renewal = spawn_renewal(Arc::clone(&control), lease);
-        Ok(Self {
-            control,
-            opened: Opened {
-                position: wire::position(opened.stage, opened.round)?,
-                estimate: wire::totals(opened.estimate),
-                left_out: opened.left_out.into_iter().take(64).collect(),
-                storage_engines: storage_engines(opened.storage_engines),
-            },
-            snapshot: opened.snapshot,
-            server_info,
-            connector,
-            compression: request.compression,
-            lease,
-            renewal,
-        })
-    }
-
-    /// Goes on with a snapshot that an earlier run of this service has opened, by the clone's key:
-    /// to the same address, in the same mode, to the same certificate. `UNKNOWN_SNAPSHOT` when it
-    /// has ended meanwhile.
-    pub async fn attach(
-        request: &DonorRequest,
-        record: &SnapshotOpened,
-        settings: &Settings,
-        progress: &Arc<Progress>,
-    ) -> Result<Self, Failure> {
-        let unreadable = |what: &str| {
-            let text = format!("the snapshot's record has no right {what}");
-            Failure::new(Code::DataLoss, "JOURNAL_CORRUPT", text)
-        };
-        let address = record.address.parse().map_err(|_| unreadable("address"))?;
-        let array = |bytes: &[u8]| <[u8; 32]>::try_from(bytes);
-        let fingerprint = match &record.fingerprint[..] {
-            [] => None,
-            bytes => Some(array(bytes).map_err(|_| unreadable("fingerprint"))?),
-        };
-        let key = match &record.key_seed[..] {
-            [] => None,
-            bytes => {
-                let seed = array(bytes).map_err(|_| unreadable("key"))?;
-                Some(Arc::new(login::CloneKey::from_seed(&seed)?))
-            }
-        };
-        let server_info = pb::GetServerInfoResponse::decode(&record.server_info[..])
-            .map_err(|_| unreadable("server"))?;
-        // A list that has become shorter since then holds for it as well.
-        let options = ConnectOptions::new(&request.host, request.port, request.ssl_mode)
-            .with_donors(Arc::clone(&settings.donors))
-            .with_tls_versions(settings.donor_tls_versions)
-            .with_tls(settings.donor_tls.clone())
-            .pinned_to(address, record.encrypted, fingerprint);
-        let connector = Connector { options, snapshot: record.snapshot.clone(), key };
-        let control = Arc::new(Control {
-            connector: connector.clone(),
-            client: tokio::sync::Mutex::new(None),
-            progress: Arc::clone(progress),
-            donor_timeout: settings.donor_timeout,
-            stall_timeout: settings.stall_timeout,
-        });
-        let lease = Duration::from_millis(record.lease_ms).max(LEASE_MIN);
-        let mut patience = control.patience();
-        loop {
-            let renewed = async {
-                let mut client = control.client().await?;
-                let request = pb::RenewLeaseRequest {
-                    snapshot: record.snapshot.clone(),
-                    lease_duration: Some(duration_to_wire(lease)),
-                };
-                call("RenewLease", CALL_TIMEOUT, client.renew_lease(request)).await
-            };
-            match renewed.await {
-                Ok(_) => break,
-                Err(failure) => control.pause_after(failure, &mut patience).await?,
-            }
-        }
-        drop(patience);
-        Ok(Self {
-            // All that it said is in the clone's resource since then.
-            opened: Opened {
-                position: Position::FIRST,
-                estimate: Totals::default(),
-                left_out: std::collections::BTreeMap::new(),
-                storage_engines: Vec::new(),
-            },
-            snapshot: record.snapshot.clone(),
-            server_info,
-            connector,
-            compression: request.compression,
-            lease,
-            renewal: spawn_renewal(Arc::clone(&control), lease),
-            control,
-        })
-    }
-}
-
-/// Names of engines are told in findings: so many, and so long, at the most.
-fn storage_engines(names: Vec<String>) -> Vec<String> {
-    let is_name = |name: &String| {
-        (1..=64).contains(&name.len()) && name.chars().all(|c| c.is_ascii_graphic())
-    };
-    names.into_iter().take(64).filter(is_name).collect()
-}
-
 /// What an attached snapshot needs to know of its donor: the comparison has been made.
 fn kept(info: &pb::GetServerInfoResponse) -> pb::GetServerInfoResponse {
     pb::GetServerInfoResponse {
@@ -323,93 +126,16 @@ fn kept(info: &pb::GetServerInfoResponse) -> pb::GetServerInfoResponse {
     }
 }
 
-/// A further connection that logs in by password: no snapshot is known yet that a key is good for.
-async fn connect_anew(options: &ConnectOptions, request: &DonorRequest) -> Result<Client, Failure> {
-    let DonorConnection { channel, security, .. } = connect(options).await?;
-    log_in(&channel, request, &security, &options.tls).await?;
-    Ok(client_on(channel))
-}
-
-/// A snapshot that is being opened. Dropped before it is, it asks for its name once more and closes
-/// it: a cancel may come while the answer is on its way.
-struct Opening {
-    client: Client,
-    request: pb::OpenSnapshotRequest,
-    is_open: bool,
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        if self.is_open {
-            return;
-        }
-        let (mut client, request) = (self.client.clone(), self.request.clone());
-        runtime.spawn(async move {
-            // What cannot be closed ends with its lease.
-            let opened = call("OpenSnapshot", CALL_TIMEOUT, client.open_snapshot(request)).await?;
-            let outcome = pb::Outcome::Cancelled.into();
-            let close = pb::CloseSnapshotRequest { snapshot: opened.snapshot, outcome };
-            call("CloseSnapshot", CALL_TIMEOUT, client.close_snapshot(close)).await
-        });
-    }
-}
-
-/// Logs in by password where the donor asks for it; says whether it does.
-async fn log_in(
-    channel: &Channel,
-    request: &DonorRequest,
-    security: &marcot_common::connect::Security,
-    tls: &ClientTls,
-) -> Result<bool, Failure> {
-    let mut client = AuthServiceClient::new(channel.clone());
-    let (user, password) = (&request.user, &request.password);
-    let trust = Some(login::Trust { host: &request.host, tls });
-    let result = login::log_in_with_password(&mut client, security, user, password, trust).await;
-    match result {
-        Ok(_) => Ok(true),
-        // What has no log-in at all is told by its next answer.
-        Err(failure) if matches!(failure.reason.as_ref(), "NO_ACCOUNTS" | "PEER_LACKS_METHOD") => {
-            Ok(false)
-        }
-        Err(failure) => Err(failure.from_donor()),
-    }
-}
-
-/// How long the donor keeps the snapshot of a recipient that is gone.
-fn lease(donor_timeout: Duration, donor: &pb::GetServerInfoResponse) -> Duration {
-    let most = donor.lease_duration_max.and_then(|most| time::duration_from_wire(most).ok());
-    donor_timeout.max(LEASE_MIN).min(most.unwrap_or(LEASE_MIN))
-}
-
-fn spawn_renewal(control: Arc<Control>, lease: Duration) -> AbortHandle {
-    let task = tokio::spawn(async move {
-        let mut tick = tokio::time::interval(RENEW_INTERVAL.min(lease / 3));
-        loop {
-            tick.tick().await;
-            let request = pb::RenewLeaseRequest {
-                snapshot: control.connector.snapshot.clone(),
-                lease_duration: Some(duration_to_wire(lease)),
-            };
-            let renewed = async {
-                let mut client = control.client().await?;
-                call("RenewLease", CALL_TIMEOUT, client.renew_lease(request)).await
-            };
-            // A lost lease shows in the calls that need it; here it is only told early.
-            if let Err(failure) = renewed.await {
-                let snapshot = &control.connector.snapshot;
-                warn!(%snapshot, error = %failure, "lease was not renewed");
-                control.drop_connection().await;
-            }
-        }
-    });
-    task.abort_handle()
-}
-
 fn client_on(channel: Channel) -> Client {
-    DonorServiceClient::with_interceptor(channel, TraceInterceptor)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    let service = InterceptedService::new(channel, TraceInterceptor);
+    let lists = Grpc::new(service.clone()).max_decoding_message_size(lists::LIST_MESSAGE_BYTES_MAX);
+    let calls = DonorServiceClient::new(service).max_decoding_message_size(ANSWER_BYTES_MAX);
+    Client { calls, lists }
+}
+
+fn auth_client(channel: &Channel) -> AuthServiceClient<Channel> {
+    AuthServiceClient::new(channel.clone())
+        .max_decoding_message_size(login::LOG_IN_ANSWER_BYTES_MAX)
 }
 
 async fn call<T>(
@@ -437,6 +163,10 @@ fn told(name: &str, status: &tonic::Status) -> Failure {
         failure.message =
             format!("the peer answers gRPC, but has no {name}: it is no Marcot donor");
     }
+    // So our own side calls a message that is larger than it may be.
+    if failure.reason == "PEER_ERROR" && status.code() == Code::OutOfRange {
+        failure = Failure::peer_misbehaved(format!("{name}: {}", failure.message));
+    }
     failure.from_donor()
 }
 
@@ -451,15 +181,15 @@ type Reading = for<'a> fn(
 impl DonorSource {
     /// Work on a connection of its own.
     fn work(&self, reading: Reading) -> StreamWork {
-        let mut link = Link { connector: self.connector.clone(), channel: None };
+        let has = |wanted: &str| self.server_info.capabilities.iter().any(|name| name == wanted);
+        let (connector, ends_reads) = (self.connector.clone(), has(END_READS));
+        let mut link = Link { connector, channel: None, ends_reads };
         let read = ReadOptions {
             snapshot: self.snapshot.clone(),
             compression: self.compression,
-            known_blocks: self.server_info.capabilities.iter().any(|name| name == KNOWN_BLOCKS),
+            known_blocks: has(KNOWN_BLOCKS),
         };
-        let span = Span::current();
         Box::new(move |context, seat| {
-            let _in_the_clones_trace = span.enter();
             // One thread for the connection and the disk: nothing is handed over between cores.
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -478,14 +208,15 @@ impl Source for DonorSource {
 
     fn record(&self) -> Option<SnapshotOpened> {
         let (address, encrypted, fingerprint) = self.connector.options.pins()?;
+        let seed = self.connector.key.as_ref().map(|key| key.seed().to_vec()).unwrap_or_default();
+        let (key_seed, bound_key_seed) = match self.connector.accounts {
+            true => (seed, Vec::new()),
+            false => (Vec::new(), seed),
+        };
         Some(SnapshotOpened {
             snapshot: self.snapshot.clone(),
-            key_seed: self
-                .connector
-                .key
-                .as_ref()
-                .map(|key| key.seed().to_vec())
-                .unwrap_or_default(),
+            key_seed,
+            bound_key_seed,
             address: address.to_string(),
             encrypted,
             fingerprint: fingerprint.map(|f| f.to_vec()).unwrap_or_default(),
@@ -499,17 +230,28 @@ impl Source for DonorSource {
         Cut::Segments
     }
 
+    fn streams_max(&self) -> usize {
+        match self.server_info.readers_max {
+            // It does not say.
+            0 => CONCURRENCY_MAX,
+            readers => usize::try_from(readers).unwrap_or(CONCURRENCY_MAX),
+        }
+    }
+
     async fn list(
         &self,
         position: Position,
         mut receiver: ListReceiver,
     ) -> Result<FileList, Failure> {
         let control = &self.control;
-        let mut patience = control.patience();
+        let (mut patience, mut pulse) = (control.patience(), Pulse::new(control.stall_timeout));
         loop {
             let before = receiver.next_number();
-            let received = self.receive_list(position, &mut receiver).await;
+            let received = self.receive_list(position, &mut pulse, &mut receiver).await;
             if receiver.next_number() > before {
+                patience.right();
+            }
+            if pulse.take_moved() {
                 patience.progress();
             }
             match received {
@@ -529,11 +271,16 @@ impl Source for DonorSource {
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
         let control = &self.control;
-        let (mut patience, mut furthest) = (control.patience(), None);
+        let mut patience = control.patience();
+        let mut watch = AdvanceWatch::new(control.stall_timeout);
         loop {
-            match self.receive_advanced(from, &mut patience, &mut furthest).await {
+            let received = self.receive_advanced(from, &mut patience, &mut watch).await;
+            match received {
                 Ok(advanced) => return Ok(advanced),
-                Err(failure) => control.pause_after(failure, &mut patience).await?,
+                Err(failure) => {
+                    watch.check_whole()?;
+                    control.pause_after(failure, &mut patience).await?;
+                }
             }
         }
     }
@@ -561,6 +308,7 @@ impl DonorSource {
     async fn receive_list(
         &self,
         position: Position,
+        pulse: &mut Pulse,
         receiver: &mut ListReceiver,
     ) -> Result<Totals, Failure> {
         let request = pb::ListFilesRequest {
@@ -571,18 +319,20 @@ impl DonorSource {
         };
         let control = &self.control;
         let mut client = control.client().await?;
-        let mut messages =
-            call("ListFiles", control.stall_timeout, client.list_files(request)).await?;
+        let told = |status: tonic::Status| told("ListFiles", &status);
+        let answer = pulse.wait("ListFiles", client.list_files(request)).await?;
+        let mut messages = answer.map_err(told)?.into_inner();
         loop {
-            let message = tokio::time::timeout(control.stall_timeout, messages.message())
-                .await
-                .map_err(|_| control.stalled("ListFiles: the donor sent nothing"))?
-                .map_err(|status| told("ListFiles", &status))?;
+            let message = pulse.wait("ListFiles", messages.message()).await?.map_err(told)?;
             let Some(message) = message else {
                 return Err(Failure::peer_misbehaved(
                     "ListFiles: the stream ended without its end",
                 ));
             };
+            if message.entries.is_empty() && message.end.is_none() {
+                return Err(Failure::peer_misbehaved("ListFiles: a message without an entry"));
+            }
+            pulse.came(message.encoded_len() as u64);
             let entries = message.entries.into_iter().map(wire::entry);
             let entries = entries.collect::<Result<Vec<_>, _>>()?;
             check_sum("a list", message.entries_crc32c, || checksum::of_entries(&entries))?;
@@ -599,7 +349,7 @@ impl DonorSource {
         &self,
         from: Position,
         patience: &mut Patience<'_>,
-        furthest: &mut Option<u64>,
+        watch: &mut AdvanceWatch,
     ) -> Result<Advanced, Failure> {
         let request = pb::AdvanceStageRequest {
             snapshot: self.snapshot.clone(),
@@ -609,28 +359,15 @@ impl DonorSource {
         let control = &self.control;
         let mut client = control.client().await?;
         let mut steps = call("AdvanceStage", CALL_TIMEOUT, client.advance_stage(request)).await?;
-        // A donor whose work stands still goes on saying so: what counts is what it has looked at.
-        let begun = Instant::now();
-        let (mut entries, mut moved) = (None, begun);
+        let mut calling = watch.call();
         loop {
-            let left = control.stall_timeout.saturating_sub(moved.elapsed());
-            let step = tokio::time::timeout(left, steps.message())
+            let step = tokio::time::timeout(watch.left(&calling), steps.message())
                 .await
                 .map_err(|_| control.stalled("AdvanceStage: the donor got no further"))?
                 .map_err(|status| told("AdvanceStage", &status))?;
             match step.map(|step| step.step) {
                 Some(Some(pb::advance_stage_response::Step::Progress(progress))) => {
-                    let now = progress.entries;
-                    if entries.replace(now) != Some(now) {
-                        moved = Instant::now();
-                        // A call that was made again begins anew: it counts once it gets further than
-                        // the one before, or lives longer.
-                        let is_further = furthest.is_none_or(|furthest| now > furthest);
-                        if is_further || begun.elapsed() > control.stall_timeout {
-                            patience.progress();
-                        }
-                        *furthest = (*furthest).max(Some(now));
-                    }
+                    watch.word(&mut calling, progress.entries, patience)?;
                 }
                 Some(Some(pb::advance_stage_response::Step::Advanced(advanced))) => {
                     return advanced_from_wire(advanced);
@@ -649,15 +386,25 @@ impl DonorSource {
 struct Connector {
     options: ConnectOptions,
     snapshot: String,
-    /// Where further connections must log in.
+    /// What further connections log in by; `None`: an older donor without accounts asks nobody.
     key: Option<Arc<login::CloneKey>>,
+    /// Whether another snapshot needs the account's password.
+    accounts: bool,
+    /// Of the clone's connections, those that may log in at one time.
+    log_ins: Arc<Semaphore>,
 }
+
+/// Log-ins of one clone at one time: half of what a donor takes from one address, from which other clones
+/// may log in as well. Each takes moments.
+const LOG_INS_MAX: usize = 8;
 
 impl Connector {
     async fn open(&self) -> Result<Channel, Failure> {
         let DonorConnection { channel, security, .. } = connect(&self.options).await?;
         if let Some(key) = &self.key {
-            let mut client = AuthServiceClient::new(channel.clone());
+            // Closed by nobody.
+            let _turn = self.log_ins.acquire().await.ok();
+            let mut client = auth_client(&channel);
             login::log_in_with_key(&mut client, &security, &self.snapshot, key).await.map_err(
                 |failure| match failure.reason.as_ref() {
                     // Whoever knew the key has ended.
@@ -683,9 +430,17 @@ impl Connector {
 pub struct Link {
     connector: Connector,
     channel: Option<Channel>,
+    /// Whether the donor ends calls when it is asked to.
+    ends_reads: bool,
 }
 
 impl Link {
+    /// Whether calls end at their next chunk when the donor is asked for it.
+    #[must_use]
+    pub fn ends_reads(&self) -> bool {
+        self.ends_reads
+    }
+
     /// The connection.
     pub async fn channel(&mut self) -> Result<&mut Channel, Failure> {
         let channel = match self.channel.take() {

@@ -1,20 +1,30 @@
 //! Copies the units of a plan into staging, by several streams at once.
 //!
 //! Each stream is a thread of its own with, for a donor, a connection of its own: one connection
-//! is one core of TLS, and the thread that reads from the network also writes to the disk.
+//! is one core of TLS. The thread that reads from the network also writes to the disk, but for large
+//! parts, which have a thread of their own to write them.
 
 pub mod compression;
 pub mod decode;
 pub mod local;
 pub mod remote;
 
-use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use marcot_common::{failure::Failure, position::Position};
+use marcot_common::{
+    failure::Failure,
+    position::Position,
+    telemetry::spans::{BYTES, fail, number, set_number},
+};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{Span, debug_span, info, warn};
 
 use crate::{
     copy_journal::{CopyJournal, record::Unread},
@@ -26,6 +36,7 @@ use crate::{
     retry::Patience,
     reuse::Reuse,
     staging::Staging,
+    tuner::{Tuner, WINDOW},
     writer::{UnitWriter, direct::DirectWriter},
 };
 
@@ -38,6 +49,8 @@ const FOLLOW_PAUSE: Duration = Duration::from_millis(500);
 /// What all streams of a round share.
 #[derive(Debug)]
 pub struct FetchContext {
+    /// `clones/{id}`.
+    pub clone: String,
     /// Where units come from.
     pub plan: FetchPlan,
     /// Where they go.
@@ -67,6 +80,26 @@ pub struct FetchContext {
 }
 
 impl FetchContext {
+    /// The span of what one unit, or one read of a growing file, takes: calls to a donor are beneath it.
+    fn batch_span(&self, snapshot: &str, file_id: u64, offset: u64, parts: usize) -> Span {
+        debug_span!(
+            "batch",
+            otel.kind = if snapshot.is_empty() { "internal" } else { "client" },
+            marcot.clone = self.clone,
+            marcot.snapshot = Some(snapshot).filter(|name| !name.is_empty()),
+            marcot.position = %self.position,
+            marcot.file_id = number(file_id),
+            marcot.offset = number(offset),
+            marcot.parts = number(parts as u64),
+        )
+    }
+
+    /// As [`Self::batch_span`], of a unit.
+    fn unit_span(&self, snapshot: &str, unit: &Unit) -> Span {
+        let file_id = unit.parts.first().map_or(0, |part| part.file_id.0);
+        self.batch_span(snapshot, file_id, unit.offset(), unit.parts.len())
+    }
+
     /// The tries of one stream.
     fn patience(&self) -> Patience<'_> {
         Patience::new(&self.progress.retries, self.donor_timeout)
@@ -123,6 +156,8 @@ pub async fn fetch(
     let mut wanted = context.limits.watch_concurrency();
     let mut seats = BTreeSet::new();
     let mut streams = FuturesUnordered::new();
+    let mut tuning = Tuning::new(&context);
+    let mut looks = tokio::time::interval(WINDOW);
     loop {
         let count = *wanted.borrow_and_update();
         while let Some(seat) = (0..count).find(|seat| !seats.contains(seat))
@@ -143,6 +178,7 @@ pub async fn fetch(
             },
             // The sender lives as long as the context.
             _ = wanted.changed() => {}
+            _ = looks.tick() => tuning.look(&context),
         }
     }
     context.copied.cancel();
@@ -150,6 +186,57 @@ pub async fn fetch(
         note(follower.await);
     }
     first_failure.map_or(Ok(()), Err)
+}
+
+/// What is compared to find the number of streams.
+struct Tuning {
+    tuner: Option<Tuner>,
+    /// As the window began: bytes, time that streams had waited for limits, and now.
+    begun: (u64, u64, Instant),
+    /// Whether something else than the streams has held the clone back since.
+    is_held_back: bool,
+}
+
+impl Tuning {
+    fn new(context: &FetchContext) -> Self {
+        Self { tuner: None, begun: Self::counts(context), is_held_back: false }
+    }
+
+    fn counts(context: &FetchContext) -> (u64, u64, Instant) {
+        let progress = &context.progress;
+        // Of a clone over the network both grow; of a local one data alone.
+        let bytes = progress.data_bytes.get() + progress.network_bytes.get();
+        (bytes, progress.throttled.get(), Instant::now())
+    }
+
+    /// Sets the number of streams by what has come since the last window ended.
+    fn look(&mut self, context: &FetchContext) {
+        let Some(most) = context.limits.autotune_most() else {
+            *self = Self::new(context);
+            return;
+        };
+        let streams = context.limits.concurrency();
+        let (then, now) = (self.begun, Self::counts(context));
+        // What a limit, a person or the donor holds back says nothing of streams. A unit that has to be
+        // copied again is taken back from what is counted.
+        self.is_held_back |= !context.gate.is_open()
+            || now.1 != then.1
+            || now.0 < then.0
+            || !context.progress.held_back().is_empty();
+        let tuner = self.tuner.get_or_insert_with(|| Tuner::new(streams));
+        let bytes = now.0.saturating_sub(then.0);
+        if !self.is_held_back && !tuner.is_enough(bytes) {
+            return;
+        }
+        let seconds = now.2.duration_since(then.2).as_secs_f64();
+        let rate = (!self.is_held_back && seconds > 0.0).then(|| bytes as f64 / seconds);
+        let wanted = tuner.look(rate, most);
+        (self.begun, self.is_held_back) = (now, false);
+        if wanted != streams {
+            info!(from = streams, to = wanted, "another number of streams");
+            context.limits.tune(wanted);
+        }
+    }
 }
 
 /// Starts a stream's thread; the future is its end. The job waits for every stream, unless it has been
@@ -162,8 +249,9 @@ fn start(
 ) -> impl Future<Output = Result<(), Failure>> + use<> {
     let (sender, receiver) = oneshot::channel();
     let context = Arc::clone(context);
-    let stop = context.stop.clone();
+    let (stop, span) = (context.stop.clone(), Span::current());
     let spawned = std::thread::Builder::new().name(name).spawn(move || {
+        let _in_the_clones_trace = span.entered();
         context.progress.streams.add(1);
         let result = work(&context, seat);
         context.progress.streams.subtract(1);
@@ -185,6 +273,14 @@ fn start(
             stop.cancel();
             Err(Failure::bug("a stream panicked"))
         })
+    }
+}
+
+/// A batch has ended, with so many bytes of data.
+fn end_batch(span: &Span, bytes: u64, result: &Result<(), Failure>) {
+    set_number(span, BYTES, bytes);
+    if let Err(failure) = result {
+        fail(span, failure);
     }
 }
 

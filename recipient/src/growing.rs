@@ -65,6 +65,12 @@ impl GrowingFiles {
             (Change::Patch, Some(file)) if file.path == entry.path => {
                 file.is_whole = true;
                 let (read, size) = (file.durable, entry.content_bytes());
+                if read > size {
+                    return Err(Failure::peer_misbehaved(format!(
+                        "list of files: {} has {size} bytes, {read} of it were sent",
+                        file.path
+                    )));
+                }
                 tracing::info!(path = %file.path, read, size, "a file grows no more");
             }
             _ if entry.kind == Some(Kind::Directory) => {}
@@ -261,6 +267,16 @@ mod tests {
             assert_eq!(files.durable_bytes(FileId(7)), kept, "{change:?}");
             assert_eq!(files.growing().len(), usize::from(growing), "{change:?}");
         }
+    }
+
+    /// Guards the end of a log: a donor that has sent more than it lists has sent what is none of it.
+    #[test]
+    fn a_file_that_was_read_beyond_its_size_is_refused() {
+        let files = GrowingFiles::default();
+        files.listed(&entry(7, Change::Add, true)).unwrap();
+        files.set_durable(FileId(7), 10);
+        let failure = files.listed(&entry(7, Change::Patch, false)).unwrap_err();
+        assert_eq!(failure.reason, "PEER_MISBEHAVED", "{failure}");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 pub mod fresh;
 pub mod generation;
-mod hold;
+pub mod hold;
 pub mod identity;
 pub mod installer;
 pub mod locks;

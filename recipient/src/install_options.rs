@@ -1,6 +1,9 @@
 //! Settings of installs, and of the server that they stop and start.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use marcot_common::{config::parse_duration, server::Problem, shutdown::Shutdown};
 use marcot_engine::DatabaseConfig;
@@ -9,11 +12,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::error;
 
 use crate::{
-    install::place::Form,
+    install::{locks::server_on, place::Form},
     server::Settings,
     server_control::{FirstStart, ServerControl, Unmanaged, health::HealthCheck, hooks::Hooks},
     settings::{self, InstallSettings},
-    supervise::{Options, Restart, Status, Supervisor, reaper},
+    supervise::{Options, Output, Restart, Status, Supervisor, reaper},
 };
 
 /// How a clone replaces the server's own data.
@@ -69,7 +72,8 @@ pub struct InstallOptions {
     /// [default: never].
     #[arg(long, value_name = "N", env = "MARCOT_RESTART_LIMIT")]
     pub restart_limit: Option<u32>,
-    /// supervise: the server's error log, if it does not write to standard error.
+    /// The server's error log, whose lines an error tells; supervise: if it does not write to standard
+    /// error.
     #[arg(long, value_name = "FILE", env = "MARCOT_SERVER_ERROR_LOG")]
     pub server_error_log: Option<std::path::PathBuf>,
 }
@@ -94,7 +98,7 @@ impl InstallOptions {
     /// What is wrong with them.
     pub(crate) fn problems(&self, settings: &Settings) -> Vec<String> {
         let mut problems = Vec::new();
-        let supervises = settings.mode.is_some();
+        let supervises = settings.supervises();
         if supervises && settings.command.is_empty() {
             problems.push("supervise: the server's command is missing after `--`".to_owned());
         }
@@ -121,7 +125,7 @@ impl InstallOptions {
     /// What installs go by.
     pub(crate) fn settings(&self, settings: &Settings) -> InstallSettings {
         InstallSettings {
-            manages: settings.mode.is_some() || self.stop_command.is_some(),
+            manages: settings.supervises() || self.stop_command.is_some(),
             form: self.install_form,
             keep_old_data: match self.keep_old_data {
                 Keep::For(keep) => Some(keep),
@@ -148,7 +152,7 @@ impl InstallOptions {
             database,
             data_directory: data_directory.clone(),
         };
-        if settings.mode.is_some() {
+        if settings.supervises() {
             reaper::start().map_err(|e| Problem::Running(format!("take orphans on: {e}")))?;
             return Ok(Control::Supervised(
                 Supervisor::new(Options {
@@ -168,9 +172,11 @@ impl InstallOptions {
             (Some(stop), Some(start)) => Arc::new(Hooks {
                 stop_command: stop.clone(),
                 start_command: start.clone(),
-                data_directory,
                 health,
                 limit: self.stop_timeout,
+                stopping: Mutex::new(server_on(&data_directory)),
+                output: Output::new(self.server_error_log.clone()),
+                data_directory,
             }),
             _ => Arc::new(Unmanaged),
         }))
@@ -201,10 +207,6 @@ impl Control {
         let Self::Supervised(supervisor, grace) = self else {
             return Ok(None);
         };
-        if let Some(first) = start {
-            let started = supervisor.start(first).await;
-            started.map_err(|failure| Problem::Running(failure.message))?;
-        }
         let mut status = supervisor.status();
         let drain = shutdown.clone();
         tokio::spawn(async move {
@@ -232,6 +234,11 @@ impl Control {
                 }
                 Err(e) => error!(error = %e, signal = to.as_raw(), "a signal cannot be passed on"),
             }
+        }
+        // After the signals: one that comes while a server is started is no reason to end.
+        if let Some(first) = start {
+            let started = supervisor.start(first).await;
+            started.map_err(|failure| Problem::Running(failure.message))?;
         }
         Ok(Some(Supervised { supervisor, grace }))
     }

@@ -5,6 +5,7 @@ pub mod history;
 pub mod registry;
 mod replace;
 mod resume;
+mod stage_span;
 pub mod status;
 
 use std::{
@@ -18,28 +19,31 @@ use marcot_common::{
     entry::{Change, Entry, Kind},
     failure::Failure,
     position::{Position, Stage},
+    telemetry::spans::traced,
 };
 use marcot_engine::Advanced;
 use marcot_proto::{common::v1 as pbc, donor::v1::Outcome};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug_span, info, warn};
 
 pub use self::replace::installer;
 use self::status::CloneStatus;
 use crate::{
-    copy_journal::{CopyJournal, RoundFound},
+    copy_journal::{CopyJournal, RoundFound, is_away},
     fetch::{FetchContext, fetch, stopped},
     gate::Gate,
     growing::GrowingFiles,
     install::{
         fresh::{OwnDirectory, install},
+        generation,
+        hold::hold,
         place::{Form, make_inner, remove_inner},
         replacement::Replacement,
         step::Step,
     },
     list::{FileList, ListReceiver, merge},
     plan::{FetchPlan, FinishedUnits},
-    preflight::{self, Prepared},
+    preflight::{self, Prepared, binary_logs::KnownBase},
     progress::Progress,
     request::CloneRequest,
     retry::Patience,
@@ -106,6 +110,8 @@ pub struct CloneJob {
     pub goes_on: bool,
     /// Whether the donor asks whom to log in.
     pub donor_has_accounts: AtomicBool,
+    /// Name of the clone's binary log.
+    pub binlog_base: KnownBase,
     /// Whether connections are encrypted, and to which certificate: as the first one was.
     pub pins: OnceLock<(bool, Option<[u8; 32]>)>,
     /// Where what is durable is recorded, once there is something to go on with.
@@ -132,11 +138,19 @@ impl CloneJob {
                 self.copy_snapshot(lost > 0).await
             };
             match result {
-                Err(failure) if (self.goes_on || lost > 0) && failure.reason == "ACCESS_DENIED" => {
+                Err(failure)
+                    if (self.goes_on || lost > 0)
+                        && failure.reason == "ACCESS_DENIED"
+                        && !self.cancel.is_cancelled() =>
+                {
                     warn!(clone = %self.id, error = %failure, "a right password is awaited");
                     break Ok(End::AwaitsCredentials);
                 }
-                Err(failure) if is_of_a_lost_snapshot(&failure) && self.lacks_secret() => {
+                Err(failure)
+                    if is_of_a_lost_snapshot(&failure)
+                        && self.lacks_secret()
+                        && !self.cancel.is_cancelled() =>
+                {
                     info!(clone = %self.id, error = %failure, "the snapshot is lost, a password is awaited");
                     break Ok(End::AwaitsCredentials);
                 }
@@ -147,7 +161,7 @@ impl CloneJob {
                 {
                     lost += 1;
                     warn!(clone = %self.id, error = %failure, "the snapshot is lost, another is opened");
-                    self.progress.begin_again(failure.message);
+                    self.progress.begin_again(failure);
                     self.growing.clear();
                     self.status.begin_again();
                     if let Err(failure) = self.keep_staged().await {
@@ -158,19 +172,34 @@ impl CloneJob {
             }
         };
         if self.can_be_gone_on_with(&result) || self.install_is_left(&result) {
+            if let Some(journal) = self.journal()
+                && let Err(failure) = blocking(move || journal.ended()).await
+            {
+                warn!(clone = %self.id, error = %failure, "the copy's journal does not tell of this end");
+            }
             return result;
         }
         let [staged, older] = staging_directories(&self.request.staging_parent(), &self.id);
         let replacement = self.replacement.get().cloned();
+        let waits = result.is_ok();
+        // Of data that were discarded there is nothing but this copy.
+        let is_all = generation::was_discarded(&self.request.target);
+        self.set_journal(None);
         let removed = blocking(move || {
+            let is_away = [&staged, &older].iter().any(|directory| is_away(directory));
+            if replacement.is_none() && is_away && !is_all {
+                // Its server is stopped still, and the next start has to know.
+                return Ok(());
+            }
             Staging::remove(&older)?;
             match replacement {
                 None => Staging::remove(&staged),
                 // A clone that was rolled back by itself was open to nobody: it holds nothing of
                 // value.
                 Some(replacement) => match replacement.step() {
-                    Step::Staged if replacement.plan.waits => Ok(()),
-                    Step::Staged | Step::Stopped | Step::RolledBack => replacement.let_go(),
+                    Step::Staged if waits || is_all => Ok(()),
+                    Step::RolledBack if is_all => Ok(()),
+                    step if step.is_given_up() => replacement.give_up(),
                     _ => Ok(()),
                 },
             }
@@ -186,18 +215,13 @@ impl CloneJob {
 
     /// Copies one snapshot to its end; `again` when one was lost.
     async fn copy_snapshot(&self, again: bool) -> Result<End, Failure> {
-        let prepare = Box::pin(self.prepare(again));
+        let span = debug_span!("prepare", marcot.again = again);
+        let prepare = Box::pin(traced(span, self.prepare(again)));
         let mut prepared = self.until_cancelled(prepare).await?;
         if again && prepared.reuse.is_none() {
             prepared.reuse = Some(Arc::default());
         }
         let source = Arc::clone(&prepared.source);
-        if self.request.discard_old_data_first
-            && let Err(failure) = self.discard_old_data().await
-        {
-            source.close(Outcome::Failed).await;
-            return Err(failure);
-        }
         let parent = self.request.staging_parent();
         if self.request.form == Some(Form::Move) {
             make_inner(&parent)?;
@@ -209,7 +233,12 @@ impl CloneJob {
                 return Err(failure);
             }
         };
-        let result = match self.begin_journal(&prepared, &staging).await {
+        let begin = async {
+            // Before the data go: a recipient that is stopped after that goes on with the clone.
+            self.begin_journal(&prepared, &staging).await?;
+            self.discard_old_data().await
+        };
+        let result = match begin.await {
             Ok(()) => self.copy_and_install(&prepared, &staging, None).await,
             Err(failure) => Err(failure),
         };
@@ -221,7 +250,15 @@ impl CloneJob {
     async fn close(&self, source: &dyn Source, result: &Result<End, Failure>) {
         let outcome = match result {
             Ok(_) => Outcome::Completed,
-            Err(_) if self.can_be_gone_on_with(result) => return,
+            // Nobody goes on with a snapshot that was given up here, or that no journal tells of: it must not
+            // hold a place, redo and DDL.
+            Err(failure)
+                if self.can_be_gone_on_with(result)
+                    && self.journal().is_some()
+                    && !is_of_a_lost_snapshot(failure) =>
+            {
+                return;
+            }
             Err(_) if self.cancel.is_cancelled() => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
@@ -289,16 +326,32 @@ impl CloneJob {
         let source = prepared.source.as_ref();
         let (whole, done) = self.copy_rounds(prepared, source, staging, from).await?;
         self.status.begin_stage(pbc::Stage::FileSync);
-        let verified = self.verify(staging, whole, &done).await?;
+        let verify = self.verify(staging, whole, &done);
+        let verified = traced(self.status.spans.current(), verify).await?;
         self.status.end_stages();
+        blocking(|| {
+            hold("verified");
+            Ok(())
+        })
+        .await?;
+        // A person who has paused the clone does not want it installed.
+        self.until_cancelled(async {
+            self.gate.pass().await;
+            Ok(())
+        })
+        .await?;
         self.check_cancelled()?;
         self.status.set_consistency(&done);
+        self.check_attachable(&done)?;
         if let Some(form) = self.request.form {
-            // The donor's part is done; its server need not keep anything for the restart here.
-            source.close(Outcome::Completed).await;
-            let end = Box::pin(self.replace(form)).await?;
-            if end == End::Completed && self.control.manages() {
-                self.attach_replica(&done).await?;
+            let end = Box::pin(self.replace(form, source)).await?;
+            if end == End::Completed {
+                let attached = match self.control.manages() {
+                    true => self.attach_replica(&done).await,
+                    false => Ok(()),
+                };
+                self.accept_what_had_no_data(&attached).await?;
+                attached?;
             }
             return Ok(end);
         }
@@ -319,27 +372,12 @@ impl CloneJob {
     ) -> Result<(FileList, Advanced), Failure> {
         let mut position = prepared.opened.position;
         let mut whole: Option<FileList> = None;
+        let goes_on = from.is_some();
         for _ in 0..ROUNDS_MAX {
             self.status.begin_round(position);
-            let (list, shaped, finished) = if let Some(round) = from.take() {
-                self.reopen_round(prepared, staging, round).await?
-            } else {
-                let list = self.list(source, staging, position, prepared.entries_max).await?;
-                self.status.set_estimate(position, list.totals(), false);
-                let shaped = self.shape(staging, whole, list.clone(), position).await?;
-                (list, shaped, Some(FinishedUnits::default()))
-            };
-            if let Some(finished) = finished {
-                self.copy(prepared, staging, &list, position, finished).await?;
-            }
-            self.link(staging, list, shaped.clone()).await?;
+            let round = self.copy_round(prepared, source, staging, position, whole, from.take());
+            let (shaped, advanced) = Box::pin(traced(self.status.spans.current(), round)).await?;
             whole = Some(shaped);
-            self.until_cancelled(async {
-                self.gate.pass().await;
-                Ok(())
-            })
-            .await?;
-            let advanced = self.until_cancelled(source.advance(position)).await?;
             if advanced.position <= position {
                 return Err(Failure::peer_misbehaved(format!(
                     "the donor went from {position} to {}",
@@ -348,12 +386,50 @@ impl CloneJob {
             }
             position = advanced.position;
             if position.stage == Stage::Done {
-                self.check_all_finished()?;
+                self.check_all_finished().map_err(|failure| match goes_on {
+                    // The point may have been fixed for a call from before the last stop of this service, while
+                    // the file was read again: another snapshot tells.
+                    true => resume::lost(&failure.message),
+                    false => failure,
+                })?;
                 let whole = whole.ok_or_else(|| Failure::bug("no list was read"))?;
                 return Ok((whole, advanced));
             }
         }
         Err(Failure::peer_misbehaved(format!("the donor asks for more than {ROUNDS_MAX} rounds")))
+    }
+
+    /// Copies one round, and has the donor move on; `whole` is the list of all rounds before it.
+    async fn copy_round(
+        &self,
+        prepared: &Prepared,
+        source: &dyn Source,
+        staging: &Arc<Staging>,
+        position: Position,
+        whole: Option<FileList>,
+        from: Option<RoundFound>,
+    ) -> Result<(FileList, Advanced), Failure> {
+        let (list, shaped, finished) = if let Some(round) = from {
+            self.reopen_round(prepared, staging, round).await?
+        } else {
+            let list = self.list(source, staging, position, prepared.entries_max).await?;
+            self.status.set_estimate(position, list.totals(), false);
+            let shaped = self.shape(staging, whole, list.clone(), position).await?;
+            (list, shaped, Some(FinishedUnits::default()))
+        };
+        if let Some(finished) = finished {
+            self.copy(prepared, staging, &list, position, finished).await?;
+        }
+        self.progress.settle_lost();
+        self.link(staging, list, shaped.clone()).await?;
+        self.until_cancelled(async {
+            self.gate.pass().await;
+            Ok(())
+        })
+        .await?;
+        let advance =
+            traced(debug_span!("advance", otel.kind = "client"), source.advance(position));
+        Ok((shaped, self.until_cancelled(advance).await?))
     }
 
     async fn list(
@@ -366,7 +442,8 @@ impl CloneJob {
         let directory = staging.directory().to_owned();
         let receiver =
             blocking(move || ListReceiver::create(&directory, position, entries_max)).await?;
-        self.until_cancelled(source.list(position, receiver)).await
+        let list = source.list(position, receiver);
+        self.until_cancelled(traced(debug_span!("list", otel.kind = "client"), list)).await
     }
 
     /// Brings the staged tree to the list's shape: directories, symbolic links, what is gone.
@@ -425,6 +502,7 @@ impl CloneJob {
         finished: FinishedUnits,
     ) -> Result<(), Failure> {
         let context = FetchContext {
+            clone: format!("clones/{}", self.id),
             plan: self.plan(prepared, list, finished)?,
             journal: self.journal(),
             staging: Arc::clone(staging),
@@ -442,6 +520,9 @@ impl CloneJob {
         let source = prepared.source.as_ref();
         let grows = !self.growing.growing().is_empty();
         let follower = grows.then(|| source.follower());
+        // A follower takes one of the donor's places.
+        let streams_max = source.streams_max().saturating_sub(usize::from(grows));
+        self.request.limits.set_served(streams_max);
         fetch(Arc::new(context), &|| source.stream(), follower).await
     }
 

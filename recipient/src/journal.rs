@@ -26,7 +26,7 @@ use marcot_common::failure::Failure;
 use rustix::{fs::FlockOperation, io::Errno};
 use tonic::Code;
 
-use crate::sabotage;
+use crate::{order, sabotage};
 
 /// First bytes of a journal: name and version.
 const MAGIC: &[u8; 8] = b"marcotj1";
@@ -77,9 +77,12 @@ impl Journal {
                 .mode(0o600)
                 .open(path)?;
             file.write_all(MAGIC)?;
+            order::made(path);
             if !sabotage::leaves_out("journal-create") {
                 file.sync_all()?;
-                File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+                let directory = path.parent().unwrap_or(Path::new("/"));
+                File::open(directory)?.sync_all()?;
+                order::synced(directory);
             }
             Ok(file)
         };
@@ -124,6 +127,7 @@ impl Journal {
                 "a journal's last record was not written whole"
             );
             file.set_len(end).and_then(|()| file.sync_all()).map_err(failed)?;
+            order::synced(path);
         }
         Ok(Self { file, path: path.to_owned(), end })
     }
@@ -166,6 +170,7 @@ impl Journal {
                 false => self.file.sync_data(),
             })
             .map_err(|e| Failure::io("write journal", &self.path, &e))?;
+        order::appended(&self.path);
         self.end += record.len() as u64;
         Ok(())
     }
@@ -244,7 +249,9 @@ fn parse(
         take(record)?;
         at = next;
     }
-    // What a crash leaves of an append is less than a record, and has nothing behind it.
+    // What a crash leaves of an append is less than a record, and has nothing behind it. A payload
+    // may hold the bytes of a record (a donor chooses its paths): torn within, it is taken for
+    // damage, which never loses a record that counts.
     let end = window.start + at as u64;
     let left = &window.bytes[at..];
     let is_torn = size - end < RECORD_BYTES_MAX as u64

@@ -1,6 +1,13 @@
 //! What a clone may take: bytes per second, and streams. Changed while it runs (UpdateCloneLimits).
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use marcot_common::{
     failure::Failure,
@@ -9,35 +16,79 @@ use marcot_common::{
 use marcot_proto::recipient::v1 as pb;
 use tokio::sync::watch;
 
-use crate::{progress::Progress, settings::CONCURRENCY_MAX};
+use crate::{
+    progress::Progress,
+    settings::{CONCURRENCY_DEFAULT_MAX, CONCURRENCY_MAX, default_concurrency},
+};
 
 /// Limits unless a clone asks for others.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LimitDefaults {
-    /// Streams.
-    pub concurrency: usize,
+    /// Most streams; `None`: one for each core, or as many as are worth it, at most 8.
+    pub concurrency: Option<usize>,
+    /// Whether the number of streams is found while a clone runs.
+    pub autotune: bool,
     /// Bytes of data per second; zero: no limit.
     pub data: u64,
     /// Bytes on the network per second; zero: no limit.
     pub network: u64,
 }
 
+impl LimitDefaults {
+    /// Most streams, where their number is found while a clone runs and where it is not.
+    #[must_use]
+    pub fn most(&self, autotune: bool) -> usize {
+        let unless_given = || match autotune {
+            true => CONCURRENCY_DEFAULT_MAX,
+            false => default_concurrency(),
+        };
+        self.concurrency.unwrap_or_else(unless_given)
+    }
+}
+
 /// Limits of one clone.
 #[derive(Debug)]
 pub struct Limits {
     /// Streams that were asked for at first: large files are cut for them, also by a run that goes on.
-    planned: usize,
+    planned: AtomicUsize,
+    asked: Mutex<Streams>,
+    /// Streams that there are to be now.
     concurrency: watch::Sender<usize>,
     data: Pace,
     network: Pace,
 }
 
+/// What is asked for of streams.
+#[derive(Debug, Clone, Copy)]
+struct Streams {
+    most: usize,
+    autotune: bool,
+    /// How many the donor reads for.
+    served: usize,
+}
+
+impl Streams {
+    /// Most that there may be.
+    fn bound(self) -> usize {
+        self.most.min(self.served)
+    }
+
+    /// How many there are, now that there were `now`.
+    fn wanted(self, now: usize) -> usize {
+        if self.autotune { now.clamp(1, self.bound()) } else { self.bound() }
+    }
+}
+
 impl Default for Limits {
     /// One stream, and no limit.
     fn default() -> Self {
-        let (concurrency, data, network) =
-            (watch::Sender::new(1), Pace::default(), Pace::default());
-        Self { planned: 1, concurrency, data, network }
+        Self {
+            planned: AtomicUsize::new(1),
+            asked: Mutex::new(Streams { most: 1, autotune: false, served: CONCURRENCY_MAX }),
+            concurrency: watch::Sender::new(1),
+            data: Pace::default(),
+            network: Pace::default(),
+        }
     }
 }
 
@@ -45,10 +96,13 @@ impl Limits {
     /// What is asked for, and defaults for the rest.
     pub fn new(asked: &pb::CloneLimits, defaults: &LimitDefaults) -> Result<Self, Failure> {
         check(asked)?;
-        let planned = asked.concurrency_max.map_or(defaults.concurrency, to_usize);
+        let autotune = asked.autotune_concurrency.unwrap_or(defaults.autotune);
+        let most = asked.concurrency_max.map_or_else(|| defaults.most(autotune), to_usize);
+        let streams = Streams { most, autotune, served: CONCURRENCY_MAX };
         let limits = Self {
-            planned,
-            concurrency: watch::Sender::new(planned),
+            planned: AtomicUsize::new(most),
+            asked: Mutex::new(streams),
+            concurrency: watch::Sender::new(streams.wanted(default_concurrency())),
             data: Pace::new(defaults.data),
             network: Pace::new(defaults.network),
         };
@@ -64,9 +118,10 @@ impl Limits {
     }
 
     fn apply(&self, asked: &pb::CloneLimits) {
-        if let Some(streams) = asked.concurrency_max {
-            self.concurrency.send_replace(to_usize(streams));
-        }
+        self.set_streams(|streams| {
+            streams.most = asked.concurrency_max.map_or(streams.most, to_usize);
+            streams.autotune = asked.autotune_concurrency.unwrap_or(streams.autotune);
+        });
         if let Some(rate) = asked.data_bytes_per_second_max {
             self.data.set(rate);
         }
@@ -75,23 +130,64 @@ impl Limits {
         }
     }
 
+    /// Has no more streams than are served: another one would be refused, again and again.
+    pub fn set_served(&self, streams: usize) {
+        self.set_streams(|asked| asked.served = streams.max(1));
+    }
+
+    fn set_streams(&self, change: impl FnOnce(&mut Streams)) {
+        let mut streams = self.asked();
+        change(&mut streams);
+        self.concurrency.send_if_modified(|now| {
+            let wanted = streams.wanted(*now);
+            std::mem::replace(now, wanted) != wanted
+        });
+    }
+
     /// Those in force.
     #[must_use]
     pub fn to_wire(&self) -> pb::CloneLimits {
+        let asked = *self.asked();
         pb::CloneLimits {
-            concurrency_max: u32::try_from(self.concurrency()).ok(),
+            concurrency_max: u32::try_from(asked.most).ok(),
             data_bytes_per_second_max: Some(self.data.bytes_per_second()),
             network_bytes_per_second_max: Some(self.network.bytes_per_second()),
+            autotune_concurrency: Some(asked.autotune),
         }
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Streams> {
+        // Every change is one assignment.
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Streams that large files are cut for.
     #[must_use]
     pub fn planned_streams(&self) -> usize {
-        self.planned
+        self.planned.load(Ordering::Relaxed)
     }
 
-    /// Most streams.
+    /// Large files were cut for so many by an earlier run, on a host with another number of cores perhaps.
+    pub fn plan_for(&self, streams: usize) {
+        self.planned.store(streams.clamp(1, CONCURRENCY_MAX), Ordering::Relaxed);
+    }
+
+    /// Most streams that may be found, where their number is found while the clone runs.
+    #[must_use]
+    pub fn autotune_most(&self) -> Option<usize> {
+        let asked = *self.asked();
+        asked.autotune.then_some(asked.bound())
+    }
+
+    /// Says how many streams there are to be, where that is found.
+    pub fn tune(&self, streams: usize) {
+        let asked = self.asked();
+        if asked.autotune {
+            self.concurrency.send_replace(asked.wanted(streams));
+        }
+    }
+
+    /// Streams that there are to be now.
     #[must_use]
     pub fn concurrency(&self) -> usize {
         *self.concurrency.borrow()
@@ -157,12 +253,14 @@ mod tests {
             concurrency_max: Some(concurrency),
             data_bytes_per_second_max: Some(data),
             network_bytes_per_second_max: Some(network),
+            autotune_concurrency: Some(false),
         }
     }
 
     #[test]
     fn what_is_not_asked_for_stays() {
-        let defaults = LimitDefaults { concurrency: 4, data: 1 << 20, network: 0 };
+        let defaults =
+            LimitDefaults { concurrency: Some(4), data: 1 << 20, ..LimitDefaults::default() };
         let limits = Limits::new(&pb::CloneLimits::default(), &defaults).unwrap();
         assert_eq!(limits.to_wire(), asked(4, 1 << 20, 0));
         let change = pb::CloneLimits {
@@ -173,6 +271,26 @@ mod tests {
         assert_eq!(limits.to_wire(), asked(4, 1 << 20, 5 << 20));
         limits.change(&asked(2, 0, 0)).unwrap();
         assert_eq!(limits.to_wire(), asked(2, 0, 0));
+    }
+
+    /// Guards a donor of fewer places than streams are asked for: whoever has none would ask for one
+    /// until the clone's end, and count as a network that fails.
+    #[test]
+    fn there_are_no_more_streams_than_the_donor_reads_for() {
+        let limits = Limits::new(&asked(40, 0, 0), &LimitDefaults::default()).unwrap();
+        assert_eq!(limits.concurrency(), 40);
+        limits.set_served(32);
+        assert_eq!(limits.concurrency(), 32);
+        limits.change(&asked(64, 0, 0)).unwrap();
+        assert_eq!((limits.concurrency(), limits.to_wire()), (32, asked(64, 0, 0)));
+        limits.change(&asked(3, 0, 0)).unwrap();
+        assert_eq!(limits.concurrency(), 3);
+        let autotune = pb::CloneLimits { autotune_concurrency: Some(true), ..asked(40, 0, 0) };
+        limits.change(&autotune).unwrap();
+        limits.tune(40);
+        assert_eq!((limits.concurrency(), limits.autotune_most()), (32, Some(32)));
+        limits.set_served(0);
+        assert_eq!(limits.concurrency(), 1, "without a stream nothing would come");
     }
 
     #[test]

@@ -28,6 +28,15 @@ use tonic::Code;
 /// that are held in memory, some 64 bytes each.
 const HELD_IN_MEMORY_MAX: usize = 256 << 10;
 
+/// Most bytes of the paths of hard-linked files: 64 for each of as many as there may be.
+const HELD_BYTES_MAX: usize = 16 << 20;
+
+/// Most bytes of a list on this host's disk: so many, and so many for each of its entries. Twenty times
+/// what an entry of a database's has, and less than its path, its attributes and a link's target may
+/// have together: a list fills no disk before its files do.
+const LIST_BYTES_MIN: u64 = 64 << 20;
+const ENTRY_BYTES_MEAN: u64 = 4 << 10;
+
 /// A finished list.
 #[derive(Debug, Clone)]
 pub struct FileList {
@@ -103,13 +112,24 @@ impl FileList {
                 check_held(wanted.len(), "hard-linked files")?;
             }
         }
-        let mut found = HashMap::with_capacity(wanted.len());
+        let mut found = HashMap::new();
         if wanted.is_empty() {
             return Ok(found);
         }
+        let mut bytes = 0;
         for entry in self.entries()? {
             let entry = entry?;
             if matches!(entry.kind, Some(Kind::Regular { .. })) && wanted.contains(&entry.file_id) {
+                bytes += entry.path.as_bytes().len();
+                if bytes > HELD_BYTES_MAX {
+                    return Err(Failure::new(
+                        Code::ResourceExhausted,
+                        "LIST_LIMIT",
+                        format!(
+                            "the paths of hard-linked files have more than {HELD_BYTES_MAX} bytes"
+                        ),
+                    ));
+                }
                 found.insert(entry.file_id, entry.path);
             }
         }
@@ -158,6 +178,7 @@ fn check_held(count: usize, what: &str) -> Result<(), Failure> {
 struct ListWriter {
     writer: SpoolWriter,
     totals: Totals,
+    bytes: u64,
     directory: PathBuf,
 }
 
@@ -165,12 +186,25 @@ impl ListWriter {
     fn create(directory: &Path) -> Result<Self, Failure> {
         let writer = SpoolWriter::create(directory)
             .map_err(|e| Failure::io("create the list of files in", directory, &e))?;
-        Ok(Self { writer, totals: Totals::default(), directory: directory.to_owned() })
+        Ok(Self { writer, totals: Totals::default(), bytes: 0, directory: directory.to_owned() })
     }
 
     fn append(&mut self, entry: &Entry) -> Result<(), Failure> {
         self.totals.add(entry);
         let record = wire::entry_to_wire(entry).encode_to_vec();
+        self.bytes += record.len() as u64;
+        let most = LIST_BYTES_MIN + self.totals.entries.saturating_mul(ENTRY_BYTES_MEAN);
+        if self.bytes > most {
+            return Err(Failure::new(
+                Code::ResourceExhausted,
+                "LIST_LIMIT",
+                format!(
+                    "the list of files has {} bytes at its entry {}, where {most} are allowed, \
+                     {ENTRY_BYTES_MEAN} for each",
+                    self.bytes, entry.number
+                ),
+            ));
+        }
         self.writer
             .append(&record)
             .map_err(|e| Failure::io("write the list of files in", &self.directory, &e))?;

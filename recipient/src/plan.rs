@@ -9,6 +9,7 @@ use std::{
 };
 
 use marcot_common::{
+    chunk::{DIGEST_BYTES, READ_REQUEST_BYTES_MAX},
     entry::{Change, Entry, FileId, Kind},
     failure::Failure,
     path::RelativePath,
@@ -18,6 +19,7 @@ use crate::{
     copy_journal::record::UnitDone,
     growing::GrowingFiles,
     list::{Entries, FileList},
+    reuse::BLOCK_BYTES,
 };
 
 /// Files up to this size travel packed.
@@ -27,16 +29,41 @@ const SMALL_BYTES_MAX: u64 = 1 << 20;
 const UNIT_FILES_MAX: usize = 2048;
 const UNIT_BYTES_MAX: u64 = 16 << 20;
 
-/// Bytes of data in one part of a large file, of all streams together: all of a unit is durable and
-/// recorded before the next one starts, so that a recipient that is killed copies no more than this
-/// again.
+/// Most bytes of paths and attributes in one unit, which is held in memory: a thousand for each of its
+/// files.
+const UNIT_HELD_BYTES_MAX: usize = 2 << 20;
+
+/// Most bytes of paths in one unit: its record tells, for each of its files, a digest or why it could not be
+/// read, and fits into one of the journal's.
+const UNIT_PATH_BYTES_MAX: usize = 384 << 10;
+
+/// Bytes of data in one part of a large file, of all streams together, unless a part would have less
+/// than `SEGMENT_BYTES_MIN`: all of a unit is durable and recorded before the next one starts, so that
+/// this much is copied again by a recipient that was killed, or 8 MiB for each of more than 6 streams.
 pub const SEGMENT_BYTES: u64 = 48 << 20;
 
 /// Least bytes of a part: shorter ones are more calls and fsyncs than data.
 const SEGMENT_BYTES_MIN: u64 = 8 << 20;
 
+/// Most bytes of a part, holes included. What is staged of one is hashed at one time, and its digests
+/// travel in one request.
+const SEGMENT_SPAN_MAX: u64 = 512 << 20;
+
+const _: () = assert!(
+    SEGMENT_SPAN_MAX / BLOCK_BYTES * DIGEST_BYTES as u64 <= READ_REQUEST_BYTES_MAX as u64 / 2
+);
+
 /// Parts begin at multiples of this: of the pages of any database, and of blocks that are compared.
 const SEGMENT_ALIGN: u64 = 1 << 20;
+
+/// Most bytes of data that so many streams have under way, none of it recorded yet: parts of large
+/// files, or units of small ones.
+#[must_use]
+pub fn under_way_bytes_max(streams: usize) -> u64 {
+    let streams = streams.max(1);
+    let unit = segment_bytes_max(streams).max(UNIT_BYTES_MAX + SMALL_BYTES_MAX);
+    unit.saturating_mul(u64::try_from(streams).unwrap_or(u64::MAX))
+}
 
 /// A file, or a part of one, that is to be copied.
 #[derive(Debug, Clone)]
@@ -99,9 +126,14 @@ impl FinishedUnits {
         done.is_some_and(|done| (done.last, done.length) == (unit.last, unit.length()))
     }
 
-    /// Takes one out.
-    pub fn remove(&mut self, unit: &Unit) -> Option<UnitDone> {
-        self.0.remove(&(unit.first, unit.offset()))
+    /// Takes one out: the very same.
+    pub fn take(&mut self, unit: &Unit) -> Option<UnitDone> {
+        self.contains(unit).then(|| self.0.remove(&(unit.first, unit.offset())))?
+    }
+
+    /// Those that nobody has taken out.
+    pub fn into_rest(self) -> impl Iterator<Item = UnitDone> {
+        self.0.into_values()
     }
 
     /// How many there are.
@@ -155,12 +187,11 @@ impl FetchPlan {
         streams: usize,
         finished: FinishedUnits,
     ) -> Result<Self, Failure> {
-        let share = SEGMENT_BYTES / u64::try_from(streams.max(1)).unwrap_or(u64::MAX);
         let cutter = Cutter {
             entries: list.entries()?,
             growing: Arc::clone(growing),
             cut,
-            segment_max: (share - share % SEGMENT_ALIGN).max(SEGMENT_BYTES_MIN),
+            segment_max: segment_bytes_max(streams),
             finished,
             large: None,
             next: None,
@@ -199,8 +230,12 @@ impl Cutter {
             return Ok(Some(unit));
         }
         let mut unit = Unit::default();
-        let mut bytes = 0;
-        while unit.parts.len() < UNIT_FILES_MAX && bytes < UNIT_BYTES_MAX {
+        let (mut bytes, mut held, mut paths) = (0, 0, 0);
+        while unit.parts.len() < UNIT_FILES_MAX
+            && bytes < UNIT_BYTES_MAX
+            && held < UNIT_HELD_BYTES_MAX
+            && paths < UNIT_PATH_BYTES_MAX
+        {
             let Some((entry, allocated)) = self.next_file()? else {
                 break;
             };
@@ -212,6 +247,8 @@ impl Cutter {
             };
             if size <= SMALL_BYTES_MAX {
                 bytes += size;
+                held += entry.held_bytes();
+                paths += entry.path.as_bytes().len();
                 if unit.parts.is_empty() {
                     unit.first = entry.number;
                 }
@@ -284,11 +321,17 @@ impl Cutter {
     }
 }
 
+/// Most bytes of data in one part of a large file.
+fn segment_bytes_max(streams: usize) -> u64 {
+    let share = SEGMENT_BYTES / u64::try_from(streams.max(1)).unwrap_or(u64::MAX);
+    (share - share % SEGMENT_ALIGN).max(SEGMENT_BYTES_MIN)
+}
+
 /// Bytes of a file, holes included, that hold about `most` bytes of data: one call for each
-/// 64 MiB of a hole of a terabyte would be 16,384 calls for nothing.
+/// 48 MiB of a hole of a terabyte would be 21,846 calls for nothing.
 fn segment_bytes(size: u64, allocated: u64, most: u64) -> u64 {
     let holes = size / allocated.max(most);
-    most.saturating_mul(holes.clamp(1, 1024))
+    most.saturating_mul(holes.clamp(1, SEGMENT_SPAN_MAX / most))
 }
 
 #[cfg(test)]

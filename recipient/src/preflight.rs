@@ -4,7 +4,7 @@
 
 use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
 
-use marcot_common::{failure::Failure, host};
+use marcot_common::{connect::ClientTls, failure::Failure, host};
 use marcot_engine::open_engine;
 use marcot_proto::{
     donor::v1::{GetServerInfoResponse, Outcome},
@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 pub use self::findings::Findings;
 use self::{
+    binary_logs::Logs,
     donor_facts::DonorFacts,
     own_server::OwnServer,
     volumes::{free_space, space_of},
@@ -30,6 +31,7 @@ use crate::{
 };
 
 pub mod binary;
+pub mod binary_logs;
 mod compare;
 mod donor_facts;
 mod findings;
@@ -118,7 +120,12 @@ pub async fn inspect(
     let own = OwnServer::ask(request, settings, &mut findings).await;
     server_paths::check(request, settings.engine.as_ref(), &own.variables(), &mut findings).await;
     let source = match &request.source {
-        SourceRequest::Local => open_local(request, settings, &mut findings).await,
+        SourceRequest::Local => {
+            if let (Some(engine), Some(version)) = (&settings.engine, own.get("version")) {
+                tell_of_ddl(request, &engine.engine, &version.value, &mut findings);
+            }
+            open_local(request, settings, &mut findings).await
+        }
         SourceRequest::Donor(donor) => {
             let remote = Remote { donor, request, settings, clone_id, job, own: &own };
             Box::pin(open_remote(remote, &mut findings)).await
@@ -149,6 +156,7 @@ struct Remote<'a> {
 async fn open_remote(remote: Remote<'_>, findings: &mut Findings) -> Option<Arc<dyn Source>> {
     const CHECK: &str = "donor";
     let Remote { donor, request, settings, clone_id, job, own } = remote;
+    tell_of_tls_files(&settings.donor_tls, findings);
     let greeted = match Greeted::connect(donor, settings, job).await {
         Ok(greeted) => greeted,
         Err(failure) => {
@@ -158,7 +166,26 @@ async fn open_remote(remote: Remote<'_>, findings: &mut Findings) -> Option<Arc<
         }
     };
     let info = greeted.server_info().clone();
-    let opened = DonorSource::open(greeted, donor, &request.snapshot, settings, clone_id, job);
+    let facts = DonorFacts::read(&info);
+    let told = facts.as_ref().ok().filter(|facts| facts.has_server());
+    if let Some(facts) = told {
+        tell_of_ddl(request, &facts.engine, facts.server.variable("version"), findings);
+    }
+    let mut snapshot = request.snapshot.clone();
+    if request.form.is_some() {
+        let manages = settings.install.manages;
+        let (capabilities, data_directory) = (&info.capabilities[..], &request.target);
+        let logs = Logs { own, data_directory, donor: told, capabilities, manages };
+        let base = logs.check(findings);
+        snapshot.binlog_base = match job {
+            Some(job) => {
+                job.binlog_base.note(base);
+                job.binlog_base.get()
+            }
+            None => base,
+        };
+    }
+    let opened = DonorSource::open(greeted, donor, &snapshot, settings, clone_id, job);
     let source = match opened.await {
         Ok(source) => {
             findings.passed(CHECK, format!("{} answers", request.source_name()));
@@ -171,11 +198,42 @@ async fn open_remote(remote: Remote<'_>, findings: &mut Findings) -> Option<Arc<
     };
     findings.add("same_directory", same_directory(request, &info));
     let in_use = source.as_ref().map(|source| source.opened().storage_engines);
-    match DonorFacts::read(&info) {
+    match facts {
         Ok(facts) => compare::compare(&facts, own, &in_use.unwrap_or_default(), findings),
         Err(failure) => findings.failed("server", failure),
     }
     source
+}
+
+/// Says which files towards donors are wrong now: what was right last is in use, and may end or be revoked
+/// without anybody seeing why.
+fn tell_of_tls_files(tls: &ClientTls, findings: &mut Findings) {
+    for error in tls.wrong_files() {
+        findings.warning(
+            "tls_files",
+            format!("{error}; what was right last is in use towards donors"),
+            "see that --ssl-ca, --ssl-crl, --ssl-cert and --ssl-key are whole and fit each other; \
+             they are read again for each connection"
+                .to_owned(),
+        );
+    }
+}
+
+/// Says where DDL waits though nobody has asked for that.
+fn tell_of_ddl(request: &CloneRequest, engine: &str, version: &str, findings: &mut Findings) {
+    if request.snapshot.block_ddl || engine != "innodb" || version.contains("MariaDB") {
+        return;
+    }
+    findings.warning(
+        "block_ddl",
+        format!(
+            "clone_block_ddl is off, and DDL on the donor's MySQL {version} waits for the whole clone \
+             all the same: index builds and imports write no redo there"
+        ),
+        "clone when no DDL is due, or from a replica; --ddl-timeout bounds how long the clone waits \
+         for DDL that runs already"
+            .to_owned(),
+    );
 }
 
 fn log(findings: &Findings) {

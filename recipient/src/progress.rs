@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -12,43 +12,67 @@ use marcot_common::{
     entry::{Change, Entry, Kind},
     failure::Failure,
     path::RelativePath,
+    shown::clean,
+    time,
 };
 use marcot_proto::recipient::v1 as pb;
+use prometheus_client::metrics::counter::Counter as Total;
 use tonic::Code;
 
 use crate::{
     copy_journal::{CopyFound, record::UnitDone},
-    plan::SEGMENT_BYTES,
+    counts::{Counts, ResumeCause},
+    plan::under_way_bytes_max,
     retry::Retries,
+    settings::CONCURRENCY_MAX,
     writer::Unfinished,
 };
 
 /// Most files that may be unfinished at the end of a round: held in memory, some 300 bytes each.
 const UNFINISHED_MAX: usize = 16 << 10;
 
-/// A counter.
+/// Most bytes of their paths and of why: 500 for each.
+const UNFINISHED_BYTES_MAX: usize = 8 << 20;
+
+/// Longest word of a donor on its pace, characters: a line of its own makes 120.
+const HELD_BACK_MAX: usize = 400;
+
+/// A counter of one clone, which counts for the process as well.
 #[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
+pub struct Counter {
+    own: AtomicU64,
+    total: Total,
+}
 
 impl Counter {
-    /// Adds.
-    pub fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
+    fn of(total: &Total) -> Self {
+        Self { own: AtomicU64::new(0), total: total.clone() }
     }
 
-    /// Subtracts.
+    /// Adds.
+    pub fn add(&self, n: u64) {
+        self.restore(n);
+        self.total.inc_by(n);
+    }
+
+    /// Adds what an earlier process has counted.
+    fn restore(&self, n: u64) {
+        self.own.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Subtracts: of the clone, for what the process has done it has done.
     pub fn subtract(&self, n: u64) {
-        self.0.fetch_sub(n, Ordering::Relaxed);
+        self.own.fetch_sub(n, Ordering::Relaxed);
     }
 
     fn reset(&self) {
-        self.0.store(0, Ordering::Relaxed);
+        self.own.store(0, Ordering::Relaxed);
     }
 
     /// Reads.
     #[must_use]
     pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.own.load(Ordering::Relaxed)
     }
 }
 
@@ -67,24 +91,62 @@ pub struct Progress {
     pub files_copied: Counter,
     /// Bytes that an older copy on this host has given.
     pub reused_bytes: Counter,
-    /// Bytes that were asked for again.
+    /// Bytes that came again: what a call had brought when it was cut, blocks that had come before and are
+    /// others now, and what was lost with an earlier run.
     pub resent_bytes: Counter,
+    /// Bytes that had come, of units that are copied again: what is not found here comes again.
+    lost: Mutex<u64>,
     /// Nanoseconds that streams have waited for a limit, of all of them together.
     pub throttled: Counter,
     /// Streams at work.
     pub streams: Counter,
     /// What was tried again.
     pub retries: Retries,
+    /// Why the donor reads more slowly than it could.
+    held_back: Mutex<String>,
+    /// What all clones of this process have counted.
+    pub counts: Arc<Counts>,
     /// By path: what stands there in a later round may be another file.
     unfinished: Mutex<BTreeMap<RelativePath, Unfinished>>,
 }
 
 impl Progress {
+    /// Why the donor reads more slowly than it could, as it has said last; empty: it does not.
+    #[must_use]
+    pub fn held_back(&self) -> String {
+        self.held_back.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes what the donor says, cut to what a person reads.
+    pub fn set_held_back(&self, reason: &str) {
+        let reason = clean(reason).chars().take(HELD_BACK_MAX).collect();
+        *self.held_back.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    /// Nothing has been done yet; what will be counts in `counts` too.
+    #[must_use]
+    pub fn new(counts: &Arc<Counts>) -> Self {
+        Self {
+            data_bytes: Counter::of(&counts.data_bytes),
+            network_bytes: Counter::of(&counts.network_bytes),
+            verified_bytes: Counter::of(&counts.verified_bytes),
+            reused_bytes: Counter::of(&counts.reused_bytes),
+            resent_bytes: Counter::of(&counts.resent_bytes),
+            throttled: Counter::of(&counts.throttled_nanoseconds),
+            retries: Retries::new(counts),
+            counts: Arc::clone(counts),
+            ..Self::default()
+        }
+    }
+
     /// Another snapshot begins, from its first file on. What the network has carried stays counted.
-    pub fn begin_again(&self, cause: String) {
+    pub fn begin_again(&self, failure: Failure) {
         self.files_copied.reset();
+        // What is here is compared, block by block.
+        *self.lost() = 0;
         self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.retries.note(cause);
+        self.counts.resume(ResumeCause::Snapshot);
+        self.retries.note(&failure);
     }
 
     /// Counts what an earlier run of the clone has copied.
@@ -92,43 +154,81 @@ impl Progress {
         if let Some(round) = &found.round {
             let grown: u64 = round.growing.iter().map(|file| file.durable).sum();
             let data = round.done.data_bytes.saturating_add(grown);
-            self.data_bytes.add(data);
+            self.data_bytes.restore(data);
             let verified = data.saturating_sub(round.done.reused_bytes);
-            self.verified_bytes.add(verified);
-            // What had come of units that were not recorded yet, which is bounded; a snapshot that was
-            // lost before is no part of it.
+            let verified = verified.saturating_add(found.snapshot.verified_before);
+            self.verified_bytes.restore(verified);
+            // What had come of units that were not recorded yet, which is bounded. Most of it is here still.
             let lost = clone.verified_bytes.saturating_sub(verified);
-            self.resent_bytes.add(lost.min(SEGMENT_BYTES));
-            self.hole_bytes.add(round.done.hole_bytes);
-            self.reused_bytes.add(round.done.reused_bytes);
-            self.files_copied.add(round.done.files);
+            let streams = clone.limits.as_ref().map_or(1, pb::CloneLimits::concurrency_max);
+            let streams = usize::try_from(streams).unwrap_or(CONCURRENCY_MAX).min(CONCURRENCY_MAX);
+            *self.lost() = lost.min(under_way_bytes_max(streams));
+            self.hole_bytes.restore(round.done.hole_bytes);
+            self.reused_bytes.restore(round.done.reused_bytes);
+            self.files_copied.restore(round.done.files);
         }
-        self.network_bytes.add(clone.stages.iter().map(|row| row.network_bytes).sum());
-        self.resent_bytes.add(clone.resent_bytes);
-        self.retries.count.add(clone.retries.into());
+        self.network_bytes.restore(clone.stages.iter().map(|row| row.network_bytes).sum());
+        self.resent_bytes.restore(clone.resent_bytes);
+        self.retries.count.restore(clone.retries.into());
+        let throttled = clone.throttled_duration.map(time::duration_from_wire);
+        if let Some(Ok(throttled)) = throttled {
+            self.throttled.restore(u64::try_from(throttled.as_nanos()).unwrap_or(u64::MAX));
+        }
     }
 
     /// A unit that was counted has to be copied again.
     pub fn take_back(&self, done: &UnitDone) {
         self.data_bytes.subtract(done.data_bytes);
-        self.verified_bytes.subtract(done.data_bytes.saturating_sub(done.reused_bytes));
+        let came = done.data_bytes.saturating_sub(done.reused_bytes);
+        self.verified_bytes.subtract(came);
+        *self.lost() += came;
         self.hole_bytes.subtract(done.hole_bytes);
         self.reused_bytes.subtract(done.reused_bytes);
         self.files_copied.subtract(done.files);
     }
 
+    /// So many bytes came that had come before.
+    pub fn came_again(&self, bytes: u64) {
+        if bytes > 0 {
+            self.resent_bytes.add(bytes);
+            self.was_here(bytes);
+        }
+    }
+
+    /// So many bytes that had come before were found here.
+    pub fn was_here(&self, bytes: u64) {
+        let mut lost = self.lost();
+        *lost = lost.saturating_sub(bytes);
+    }
+
+    fn lost(&self) -> MutexGuard<'_, u64> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that an earlier run had not recorded is copied: what was not found here has come again.
+    pub fn settle_lost(&self) {
+        let lost = std::mem::take(&mut *self.lost());
+        self.resent_bytes.add(lost);
+    }
+
     /// Notes files that the next round must list again.
     pub fn note_unfinished(&self, files: Vec<Unfinished>) -> Result<(), Failure> {
+        if files.is_empty() {
+            return Ok(());
+        }
         let mut noted = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
-        for file in files {
+        for mut file in files {
+            file.part.whole = None;
             noted.insert(file.part.path.clone(), file);
         }
-        if noted.len() > UNFINISHED_MAX {
+        let held = noted.values().map(Unfinished::held_bytes).sum::<usize>();
+        if noted.len() > UNFINISHED_MAX || held > UNFINISHED_BYTES_MAX {
             return Err(Failure::new(
                 Code::Aborted,
                 "SOURCE_CHANGED",
                 format!(
-                    "more than {UNFINISHED_MAX} files changed on the donor while they were copied; \
+                    "more than {UNFINISHED_MAX} files, or {UNFINISHED_BYTES_MAX} bytes of their \
+                     paths, changed on the donor while they were copied; \
                      stop what writes there, or use an engine for a live server"
                 ),
             ));

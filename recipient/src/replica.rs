@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use marcot_common::failure::Failure;
+pub use marcot_engine::innodb::replica::check_attachable;
 use marcot_engine::{
     DatabaseConfig,
     innodb::replica::{self, Applied, ReplicaState, ReplicationSource},

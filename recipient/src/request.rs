@@ -382,7 +382,7 @@ const OF_NO_DATA: [&str; 13] = [
 
 /// Whether a data directory holds more than what an install, the file system, or a server that could
 /// not start has put there.
-fn holds_data(data_directory: &Path) -> Result<bool, Failure> {
+pub(crate) fn holds_data(data_directory: &Path) -> Result<bool, Failure> {
     let entries = match std::fs::read_dir(data_directory) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(Failure::io("read directory", data_directory, &e)),

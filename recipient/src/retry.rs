@@ -1,14 +1,15 @@
 //! Which failures are tried again, how often, and after which pause.
 //!
 //! Invariants:
-//! * Progress resets everything, and that of one stream counts for all: a clone that gets on,
-//!   however slowly, never runs out of tries. What a peer sends wrong counts for each stream alone.
+//! * Progress, as `stall` counts it, resets everything, and that of one stream counts for all: a clone
+//!   that gets on, however slowly, never runs out of tries. What a peer sends wrong counts for each
+//!   stream alone.
 //! * What the network does is tried for `donor_timeout`; what a peer sends wrong a few times, for a
 //!   flipped bit does not come twice and a broken peer always does.
 
 use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -17,7 +18,7 @@ use std::{
 use marcot_common::failure::Failure;
 use tonic::Code;
 
-use crate::progress::Counter;
+use crate::{counts::Counts, progress::Counter};
 
 /// clone_donor_timeout_after_network_failure, as the plugin has it.
 pub const DONOR_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5 * 60);
@@ -27,6 +28,9 @@ pub const DONOR_TIMEOUT_MAX: Duration = Duration::from_secs(30 * 60);
 
 /// Shortest time that a call must be given before it counts as standing still.
 pub const STALL_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+
+/// Longest that a donor may be given to list its files: hundreds of millions, by a slow disk.
+pub const OPEN_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// First pause; each later one is twice as long.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -46,16 +50,12 @@ pub struct Retries {
     begun: Instant,
     /// When something right came last, in microseconds since the begin.
     progressed: AtomicU64,
+    counts: Arc<Counts>,
 }
 
 impl Default for Retries {
     fn default() -> Self {
-        Self {
-            count: Counter::default(),
-            state: Mutex::default(),
-            begun: Instant::now(),
-            progressed: AtomicU64::new(0),
-        }
+        Self::new(&Arc::default())
     }
 }
 
@@ -67,6 +67,18 @@ struct Told {
 }
 
 impl Retries {
+    /// None yet; those that come count in `counts` too.
+    #[must_use]
+    pub fn new(counts: &Arc<Counts>) -> Self {
+        Self {
+            count: Counter::default(),
+            state: Mutex::default(),
+            begun: Instant::now(),
+            progressed: AtomicU64::new(0),
+            counts: Arc::clone(counts),
+        }
+    }
+
     /// Cause of the last one, and whether something waits for the donor now.
     #[must_use]
     pub fn told(&self) -> (String, bool) {
@@ -75,12 +87,15 @@ impl Retries {
     }
 
     /// Counts one.
-    pub fn note(&self, cause: String) {
+    pub fn note(&self, failure: &Failure) {
         self.count.add(1);
-        self.lock().last_cause = cause;
+        self.counts.retry(failure.label());
+        self.lock().last_cause.clone_from(&failure.message);
     }
 
-    fn progressed(&self) -> Instant {
+    /// When something right came last.
+    #[must_use]
+    pub fn progressed(&self) -> Instant {
         self.begun + Duration::from_micros(self.progressed.load(Ordering::Relaxed))
     }
 
@@ -112,9 +127,15 @@ fn kind_of(failure: &Failure) -> Kind {
         // A handshake that was cut, not one that was refused.
         "TLS_FAILED" if failure.code == Code::Unavailable => Kind::Network,
         // A call that was cut may hold its place until the donor has noticed.
-        "READER_LIMIT" => Kind::Network,
+        "READER_LIMIT" | "CALL_LIMIT" => Kind::Network,
+        // Other clones of this host log in.
+        "TOO_MANY_LOG_INS" => Kind::Network,
+        // Cut, or at a standstill, between two steps of a log-in.
+        "LOG_IN_TIMEOUT" => Kind::Network,
         // The donor is there, its database is being started again.
         "DATABASE_UNREACHABLE" | "DATABASE_LOST" => Kind::Network,
+        // A call from before this service was started again still fixes the point.
+        "STAGE_ADVANCING" => Kind::Network,
         "PEER_MISBEHAVED" | "CHUNK_CORRUPT" | "MESSAGE_CORRUPT" => Kind::Wrong,
         // A message of either side that was changed on its way and could not be read.
         reason if reason.starts_with("BAD_") => Kind::Wrong,
@@ -157,9 +178,19 @@ impl<'a> Patience<'a> {
         self
     }
 
-    /// Something right has come.
+    /// Something right has come, be it a byte: what was wrong before it was no habit.
+    pub fn right(&mut self) {
+        self.wrong = 0;
+    }
+
+    /// So much that is right has come that the donor gets on.
     pub fn progress(&mut self) {
         self.retries.progress();
+        self.answered();
+    }
+
+    /// The donor has answered, if with nothing: of what others wait for that says nothing.
+    pub fn answered(&mut self) {
         if self.since.take().is_some() {
             self.retries.lock().waiting -= 1;
         }
@@ -170,6 +201,7 @@ impl<'a> Patience<'a> {
     /// The pause before the next try; the failure itself when there is to be none.
     pub fn after(&mut self, failure: Failure) -> Result<Duration, Failure> {
         let now = Instant::now();
+        self.retries.counts.fail(&failure);
         let kind = match kind_of(&failure) {
             Kind::Final if self.awaits_refusals && failure.is_retryable() => Kind::Network,
             kind => kind,
@@ -189,7 +221,8 @@ impl<'a> Patience<'a> {
         let waited = now.saturating_duration_since(since.max(progressed));
         let is_over = match kind {
             Kind::Final => true,
-            Kind::Wrong => self.wrong >= WRONG_MAX || self.limit.is_zero(),
+            // A right byte now and then between wrong ones is no clone either.
+            Kind::Wrong => self.wrong >= WRONG_MAX || waited + self.pause > self.limit,
             Kind::Network => waited + self.pause > self.limit,
         };
         if is_over {
@@ -199,7 +232,7 @@ impl<'a> Patience<'a> {
             });
         }
         tracing::warn!(error = %failure, pause = ?self.pause, "trying again");
-        self.retries.note(failure.message);
+        self.retries.note(&failure);
         let pause = jittered(self.pause);
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         Ok(pause)
@@ -250,19 +283,24 @@ mod tests {
         assert!(retries.told().1);
         patience.progress();
         assert!(!retries.told().1);
-        let begun = Instant::now();
+        // Begins no earlier than what `after` counts from: a sleep may end late.
+        let mut begun: Option<Instant> = None;
         let last = loop {
-            match patience.after(failure("STALLED")) {
-                Ok(pause) => std::thread::sleep(pause),
+            let waited = begun.map_or(Duration::ZERO, |begun| begun.elapsed());
+            match patience.after(failure("LOG_IN_TIMEOUT")) {
+                Ok(pause) => {
+                    assert!(waited + pause <= limit, "{waited:?} and {pause:?}");
+                    begun.get_or_insert_with(Instant::now);
+                    std::thread::sleep(pause);
+                }
                 Err(last) => break last,
             }
         };
-        assert!(begun.elapsed() <= limit, "{:?}", begun.elapsed());
-        assert!(last.message.starts_with("why; the donor was waited for 0 s"), "{last}");
-        assert_eq!(last.reason, "STALLED");
+        assert!(last.message.starts_with("why; the donor was waited for "), "{last}");
+        assert_eq!(last.reason, "LOG_IN_TIMEOUT");
         drop(patience);
         assert!(!retries.told().1);
-        assert!(retries.count.get() >= 3);
+        assert!(retries.count.get() >= 2);
     }
 
     /// Guards a stream that is cut again and again before its turn comes, while others get on: the
@@ -275,9 +313,10 @@ mod tests {
             (Patience::new(&retries, limit), Patience::new(&retries, limit));
         let begun = Instant::now();
         while begun.elapsed() < limit * 3 {
+            // Right before it: a sleep that ends late is no time without progress.
+            lucky.progress();
             let pause = starved.after(failure("STALLED")).unwrap();
             assert!(pause <= PAUSE_MIN, "{pause:?}");
-            lucky.progress();
             std::thread::sleep(pause);
         }
         let last = loop {
@@ -302,6 +341,28 @@ mod tests {
         assert_eq!(patience.after(failure("DISK_FULL")).unwrap_err().reason, "DISK_FULL");
         patience.progress();
         patience.after(failure("CHUNK_CORRUPT")).unwrap();
+        assert_eq!(retries.counts.checksum_failures.get(), 1);
+        let of = |reason| retries.counts.retries.get_or_create(&[("reason", reason)]).get();
+        assert_eq!((of("PEER_MISBEHAVED"), of("DISK_FULL"), of("CHUNK_CORRUPT")), (2, 0, 1));
+    }
+
+    /// Guards against a donor that sends a right byte between two wrong ones, for ever.
+    #[test]
+    fn wrong_bytes_with_right_ones_between_end_with_the_time() {
+        let retries = Retries::default();
+        let limit = Duration::from_millis(500);
+        let mut patience = Patience::new(&retries, limit);
+        let last = loop {
+            // Pauses that double fit in three times at most.
+            assert!(retries.count.get() < 8, "it goes on");
+            patience.right();
+            match patience.after(failure("CHUNK_CORRUPT")) {
+                Ok(pause) => std::thread::sleep(pause),
+                Err(last) => break last,
+            }
+        };
+        assert_eq!(last.reason, "CHUNK_CORRUPT");
+        assert!(retries.count.get() >= 1, "{}", retries.count.get());
     }
 
     /// Guards what is staged when another snapshot is refused for now: without it the clone ends.

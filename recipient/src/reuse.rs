@@ -15,6 +15,7 @@ use std::{
     io,
     os::{fd::OwnedFd, unix::fs::FileExt as _},
     path::Path,
+    sync::LazyLock,
 };
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -50,7 +51,13 @@ pub struct Known {
     digests: Bytes,
     /// Of the same bytes, digests of the certificate's blocks.
     certified: CertifiedBlocks,
+    /// Whether it was staged before: of a snapshot that was lost, or of a unit that was cut short.
+    is_staged: bool,
 }
+
+/// Digest of a block that reads as zero.
+static ZERO_DIGEST: LazyLock<Digest> =
+    LazyLock::new(|| *blake3::hash(&[0; BLOCK_BYTES as usize]).as_bytes());
 
 /// Digests of the certificate's blocks that were read whole, one after another.
 #[derive(Debug, Clone, Default)]
@@ -73,6 +80,36 @@ impl Known {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.digests.is_empty()
+    }
+
+    /// Whether it was staged before this unit began.
+    #[must_use]
+    pub fn is_staged(&self) -> bool {
+        self.is_staged
+    }
+
+    /// Bytes of a range that come again: the donor sends blocks of which others were staged before. What
+    /// reads as zero had not come.
+    #[must_use]
+    pub fn again(&self, offset: u64, length: u64) -> u64 {
+        if !self.is_staged {
+            return 0;
+        }
+        let end = offset.saturating_add(length);
+        let skipped = offset.saturating_sub(self.first) / BLOCK_BYTES;
+        let mut at = self.first + skipped * BLOCK_BYTES;
+        let mut bytes = 0;
+        let digests = self.digests.chunks_exact(DIGEST_BYTES);
+        for digest in digests.skip(usize::try_from(skipped).unwrap_or(usize::MAX)) {
+            if at >= end {
+                break;
+            }
+            if *digest != ZERO_DIGEST[..DIGEST_BYTES] {
+                bytes += (at + BLOCK_BYTES).min(end).saturating_sub(at.max(offset));
+            }
+            at += BLOCK_BYTES;
+        }
+        bytes
     }
 
     /// Digests of the certificate's blocks, made of the very bytes that were compared.
@@ -136,6 +173,9 @@ impl Reuse {
             return Ok(Known::default());
         }
         copy(&older, file, first, end)?;
+        if !has_data(file, part)? {
+            return Ok(Known::default());
+        }
         hash(file, first, end, part.size)
     }
 
@@ -201,7 +241,7 @@ fn hash_staged(part: &Part, file: &File) -> io::Result<Known> {
         punch_hole(file, part.offset, part.length)?;
         return Ok(Known::default());
     }
-    hash(file, part.offset, end, part.size)
+    Ok(Known { is_staged: true, ..hash(file, part.offset, end, part.size)? })
 }
 
 /// Copies a range without its holes: by the file system where it can, which shares blocks then.
@@ -282,7 +322,7 @@ fn hash(file: &File, first: u64, end: u64, file_size: u64) -> io::Result<Known> 
     }
     let certified =
         CertifiedBlocks { first: first / digests::BLOCK_BYTES, digests: certified.freeze() };
-    Ok(Known { first, digests: digests.freeze(), certified })
+    Ok(Known { first, digests: digests.freeze(), certified, is_staged: false })
 }
 
 const _: () = assert!(PIECE_BYTES as u64 == digests::BLOCK_BYTES);
@@ -331,6 +371,7 @@ mod tests {
         assert_eq!(known.from(1), all[1..].concat());
         assert_eq!(known.from(BLOCK_BYTES), all[1..].concat());
         assert_eq!(known.from(size), Bytes::new());
+        assert_eq!(known.again(0, size), 0, "an older copy's bytes come for the first time");
     }
 
     /// Guards the end: a short last block of the older file is no block of a longer one.
@@ -373,6 +414,11 @@ mod tests {
         assert_eq!(known.from(0), [zero.clone(), two, zero].concat());
         let nothing = Reuse::default().stage(&part(size, 2 * BLOCK_BYTES, 0), &file).unwrap();
         assert!(nothing.is_empty());
+        // What had come before, and comes once more.
+        assert_eq!(known.again(0, size), BLOCK_BYTES);
+        assert_eq!(known.again(BLOCK_BYTES + 5, BLOCK_BYTES), BLOCK_BYTES - 5);
+        assert_eq!(known.again(2 * BLOCK_BYTES, BLOCK_BYTES), 0);
+        assert_eq!(known.again(9 * BLOCK_BYTES, BLOCK_BYTES), 0);
     }
 
     /// Guards an older file that fails half-way, on a bad disk: what was copied of it by then does

@@ -3,9 +3,19 @@
 pub mod health;
 pub mod hooks;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use marcot_common::failure::Failure;
+
+/// From the start command that an earlier recipient has given to the server's locks, at most: it takes them
+/// first. One that has started nothing costs so much.
+const APPEARS_MAX: Duration = Duration::from_secs(5);
+
+/// Least time for a server that is opened to answer, however short a stop may be (`--stop-timeout`).
+pub(crate) const OPENS_MIN: Duration = Duration::from_secs(60);
+
+/// Between two looks for them.
+const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
 /// Whether a server starts on a data directory for the first time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,14 +72,50 @@ pub trait ServerControl: Send + Sync + std::fmt::Debug {
     /// Waits until the server answers and its health query passes; an error has the server's own
     /// lines where they can be had.
     async fn wait_healthy(&self, limit: Duration) -> Result<Health, Failure>;
-    /// Opens a server that was started for the first time to everybody.
+    /// Whether the server answers now; `None` when nobody can tell. One that recovers holds its locks and
+    /// does not.
+    async fn answers(&self) -> Option<bool> {
+        None
+    }
+    /// Opens a server that was started for the first time to everybody. Where it takes a stop and a start,
+    /// it may not answer yet.
     async fn open(&self) -> Result<(), Failure>;
+    /// Waits until a server that was opened answers: what follows talks to it.
+    async fn wait_open(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+    /// Whether the server runs on where this recipient ends: whoever stops it then has to start it again.
+    fn is_independent(&self) -> bool {
+        false
+    }
+    /// Whether a server runs that an earlier process of this recipient has started.
+    fn outlives_recipient(&self) -> bool {
+        false
+    }
+    /// Whether the server that runs answers for a while, which one on its way down does not; `None` when nobody
+    /// can tell.
+    async fn stands(&self) -> Option<bool> {
+        None
+    }
     /// How a server that ends by itself is started again from now on.
     async fn set_mode(&self, _: FirstStart) {}
     /// Whether it can do all that.
     fn manages(&self) -> bool;
     /// How it is done, for logs and status.
     fn kind(&self) -> &'static str;
+}
+
+/// Whether a server runs that an earlier process of this recipient has started, perhaps just before it was
+/// killed.
+pub async fn outlived_recipient(control: &dyn ServerControl) -> bool {
+    let begun = Instant::now();
+    while control.is_independent() && begun.elapsed() < APPEARS_MAX {
+        if control.outlives_recipient() {
+            return true;
+        }
+        tokio::time::sleep(LOOK_PAUSE).await;
+    }
+    control.outlives_recipient()
 }
 
 /// Nothing stops or starts the server: a person does.

@@ -5,12 +5,14 @@ use std::{collections::BTreeMap, sync::Arc};
 use marcot_common::{entry::Totals, failure::Failure, position::Position};
 use marcot_engine::{Advanced, Engine, Snapshot, SnapshotOptions};
 use marcot_proto::donor::v1::Outcome;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     copy_journal::record::SnapshotOpened,
-    fetch::{StreamWork, local},
+    fetch::{StreamWork, local, stopped},
     list::{FileList, ListReceiver},
     plan::Cut,
+    settings::CONCURRENCY_MAX,
 };
 
 /// A snapshot that a clone reads from.
@@ -27,6 +29,11 @@ pub trait Source: std::fmt::Debug + Send + Sync {
 
     /// Reads the list of `position` into `receiver`.
     async fn list(&self, position: Position, receiver: ListReceiver) -> Result<FileList, Failure>;
+
+    /// Most streams and followers that it serves at one time.
+    fn streams_max(&self) -> usize {
+        CONCURRENCY_MAX
+    }
 
     /// Work for one of several streams.
     fn stream(&self) -> StreamWork;
@@ -122,7 +129,14 @@ impl Source for LocalSource {
 
     async fn advance(&self, from: Position) -> Result<Advanced, Failure> {
         let snapshot = Arc::clone(&self.snapshot);
-        blocking(move || snapshot.advance(from, &mut |_| Ok(()))).await
+        let gone = CancellationToken::new();
+        // Dropped where the clone is cancelled: else locks would be waited for, and held, for nobody.
+        let _gone_with_this = gone.clone().drop_guard();
+        blocking(move || {
+            let mut stops = |_| if gone.is_cancelled() { Err(stopped()) } else { Ok(()) };
+            snapshot.advance(from, &mut stops)
+        })
+        .await
     }
 
     async fn close(&self, _: Outcome) {}

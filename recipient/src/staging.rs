@@ -20,11 +20,13 @@ use std::{
         unix::fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use marcot_common::{
     entry::{Attributes, Entry, FileId, Kind},
     failure::Failure,
+    in_use::{InUse, InUseError},
     path::RelativePath,
 };
 use rustix::{
@@ -101,6 +103,21 @@ pub struct Staging {
     root: OwnedFd,
     owners: Owners,
     label: Option<Label>,
+    /// For recipients beside this one, which see the directory: somebody works here.
+    _in_use: Option<InUse>,
+}
+
+/// Marks a staging directory as one that somebody works in. A neighbour that looks whether it is holds it
+/// for a moment; a file system without locks has no such mark.
+fn hold(directory: &Path) -> Option<InUse> {
+    for _ in 0..20 {
+        match InUse::alone(directory) {
+            Ok(in_use) => return Some(in_use),
+            Err(InUseError::Taken) => std::thread::sleep(Duration::from_millis(5)),
+            Err(InUseError::Io(_)) => return None,
+        }
+    }
+    None
 }
 
 impl Staging {
@@ -116,7 +133,8 @@ impl Staging {
             Ok(rustix::fs::open(directory.join("tree"), flags, Mode::empty())?)
         };
         let root = make().map_err(failed)?;
-        Ok(Self { directory, root, owners, label: None })
+        let _in_use = hold(&directory);
+        Ok(Self { directory, root, owners, label: None, _in_use })
     }
 
     /// Gives all that is staged from now on the label of `model`.
@@ -131,7 +149,8 @@ impl Staging {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let root = rustix::fs::open(directory.join("tree"), flags, Mode::empty())
             .map_err(|e| Failure::io("open staging directory", &directory, &e.into()))?;
-        Ok(Self { directory, root, owners, label: None })
+        let _in_use = hold(&directory);
+        Ok(Self { directory, root, owners, label: None, _in_use })
     }
 
     /// The staging directory itself.

@@ -34,7 +34,7 @@ pub use self::output::Output;
 use self::{actor::Actor, back_off::RestartPolicy, starting::Phase};
 use crate::{
     install::locks::server_on,
-    server_control::{FirstStart, Health, ServerControl, health::HealthCheck},
+    server_control::{FirstStart, Health, OPENS_MIN, ServerControl, health::HealthCheck},
 };
 
 /// Arguments of a first start: nobody reaches the server over the network, and it does nothing by
@@ -107,6 +107,8 @@ pub enum Status {
 #[derive(Debug)]
 enum Request {
     Start(FirstStart, oneshot::Sender<Result<(), Failure>>),
+    /// As `Start`, once the child that is being stopped has ended.
+    StartLate(FirstStart),
     Stop(oneshot::Sender<()>),
     /// Nothing is started any more: this process ends.
     Close,
@@ -180,7 +182,8 @@ impl Supervisor {
                 grace_seconds = grace.as_secs(),
                 "the server has not ended, it is killed"
             );
-            self.kill().await;
+            // Only a process that waits for a dead disk outlives that.
+            drop(tokio::time::timeout(UNSERVED_STOP_MAX, self.kill()).await);
         }
         match *self.status.borrow() {
             Status::Ended(code) | Status::Stopped(code) => code,
@@ -266,16 +269,6 @@ impl Supervisor {
         started.await.map_err(|_| gone())?
     }
 
-    /// The failure, with what the server has logged as errors.
-    fn with_log(&self, failure: Failure) -> Failure {
-        let lines = self.output.error_lines();
-        if lines.is_empty() {
-            return failure;
-        }
-        let message = format!("{}; the server's log says: {}", failure.message, lines.join(" | "));
-        Failure { message, ..failure }
-    }
-
     fn ended(&self) -> Option<Failure> {
         let code = match *self.status.borrow() {
             Status::Running(_) | Status::Waiting => return None,
@@ -312,13 +305,17 @@ impl ServerControl for Supervisor {
         let begun = Instant::now();
         while let Some(pid) = server_on(&self.options.data_directory) {
             if begun.elapsed() >= self.options.server_wait {
-                return Err(Failure::precondition(
-                    "SERVER_RUNNING",
+                let directory = self.options.data_directory.display();
+                let text = if matches!(*self.status.borrow(), Status::Running(_)) {
                     format!(
-                        "process {pid} runs a server on {} already; stop it",
-                        self.options.data_directory.display()
-                    ),
-                ));
+                        "process {pid} still runs on {directory} and has been asked to stop: it is \
+                         started again once it has ended"
+                    )
+                } else {
+                    format!("process {pid} runs a server on {directory} already; stop it")
+                };
+                drop(self.requests.send(Request::StartLate(first)).await);
+                return Err(Failure::precondition("SERVER_RUNNING", text));
             }
             tokio::time::sleep(LOOK_PAUSE).await;
         }
@@ -327,13 +324,21 @@ impl ServerControl for Supervisor {
 
     async fn wait_healthy(&self, limit: Duration) -> Result<Health, Failure> {
         let result = self.options.health.wait(limit, || self.ended()).await;
-        result.map_err(|failure| self.with_log(failure))
+        result.map_err(|failure| self.output.told(failure))
+    }
+
+    async fn answers(&self) -> Option<bool> {
+        self.options.health.answers().await
     }
 
     async fn open(&self) -> Result<(), Failure> {
-        self.stop().await?;
+        if let Err(failure) = self.stop().await {
+            // It may be on its way down all the same.
+            drop(self.requests.send(Request::StartLate(FirstStart::Opened)).await);
+            return Err(failure);
+        }
         self.start(FirstStart::Opened).await?;
-        self.wait_healthy(self.options.stop_timeout).await.map(drop)
+        self.wait_healthy(self.options.stop_timeout.max(OPENS_MIN)).await.map(drop)
     }
 
     async fn set_mode(&self, first: FirstStart) {

@@ -9,7 +9,7 @@ use marcot_common::failure::Failure;
 use tonic::Code;
 
 use crate::{
-    install::{generation, identity, mounts, place::Form, recorded, replacement},
+    install::{generation, identity, locks, mounts, place::Form, recorded, replacement},
     preflight::Findings,
     request::{CloneRequest, SourceRequest},
     settings::Settings,
@@ -57,7 +57,7 @@ pub fn check_first(request: &CloneRequest, settings: &Settings) -> Result<(), Fa
     let mut findings = Findings::default();
     check(request, settings, &mut findings);
     if let SourceRequest::Donor(donor) = &request.source {
-        settings.donors.check_name(&donor.host, donor.port)?;
+        settings.donors.current().check_name(&donor.host, donor.port)?;
     }
     findings.into_failure().map_or(Ok(()), Err)
 }
@@ -122,7 +122,14 @@ fn free(target: &Path) -> Result<(), Failure> {
 fn check_replacement(request: &CloneRequest, form: Form, findings: &mut Findings) {
     let target = &request.target;
     findings.passed("install_form", format!("{}: form {}", target.display(), form.name()));
-    findings.add("generation", generation::check(target, &request.expected_generation));
+    // Once they are discarded for it the clone is all that there is.
+    if !(request.discard_old_data_first && generation::was_discarded(target)) {
+        findings.add("generation", generation::check(target, &request.expected_generation));
+    }
+    findings.add(
+        "server_locks",
+        locks::check_seen(target).map(|()| "a server that runs on it is seen".to_owned()),
+    );
     findings.add("earlier_install", no_earlier_install(target));
     findings.add("identity", identity::check(target).map(|()| "it can be carried over".to_owned()));
     findings.add(

@@ -44,6 +44,15 @@ pub struct Unfinished {
     pub failure: Failure,
 }
 
+impl Unfinished {
+    /// Bytes that it holds.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        // The path is its key as well.
+        2 * self.part.path.as_bytes().len() + self.failure.message.len()
+    }
+}
+
 /// Takes what a ReadRanges call sends, in order.
 pub trait ChunkSink: Send {
     /// Writes the next bytes. `pieces` hold exactly `length` bytes.
@@ -77,6 +86,17 @@ pub fn known_of(staging: &Staging, unit: &Unit, reuse: &Reuse) -> Result<Vec<Kno
         reuse.stage(part, &file).map_err(|e| staging.failed("read", &part.path, e))
     });
     known.collect()
+}
+
+/// Makes what is staged of a unit read as zero, but for what it patches: where the donor has a hole nothing
+/// is written.
+pub fn clear(staging: &Staging, unit: &Unit) -> Result<(), Failure> {
+    for part in unit.parts.iter().filter(|part| !part.patches && part.length > 0) {
+        let file = staging.open_file(&part.path, part.size)?;
+        punch_hole(&file, part.offset, part.length)
+            .map_err(|e| staging.failed("clear", &part.path, e))?;
+    }
+    Ok(())
 }
 
 /// Writes a unit.
@@ -359,6 +379,7 @@ impl ChunkSink for UnitWriter<'_> {
         if at != offset + length {
             return Err(Failure::bug(format!("{} bytes written, {length} asked", at - offset)));
         }
+        self.progress.came_again(self.known.get(self.index).map_or(0, |k| k.again(offset, length)));
         if let Some(hasher) = self.hasher(part) {
             for piece in pieces {
                 hasher.data(piece);
@@ -408,6 +429,9 @@ impl ChunkSink for UnitWriter<'_> {
         }
         self.progress.reused_bytes.add(length);
         self.record.reused_bytes += length;
+        if self.known.get(self.index).is_some_and(Known::is_staged) {
+            self.progress.was_here(length);
+        }
         // It was copied on this host, and is to be made durable as all else.
         self.advance(part, length, length)
     }
@@ -427,7 +451,9 @@ impl ChunkSink for UnitWriter<'_> {
             return Ok(());
         }
         let finished = parts[..self.index].iter().rev().find(|part| part.length > 0);
-        match finished.filter(|part| part.file_id.0 == file_id && self.done == 0) {
+        let has_failed = self.unfinished.last().is_some_and(|last| last.part.file_id.0 == file_id);
+        let finished = finished.filter(|_| self.done == 0 && !has_failed);
+        match finished.filter(|part| part.file_id.0 == file_id) {
             Some(part) => {
                 self.unfinished.push(Unfinished { part: part.clone(), failure });
                 Ok(())

@@ -5,8 +5,8 @@ use std::time::Duration;
 use marcot_proto::{
     common::v1::Failure,
     recipient::v1::{
-        Clone, CloneStatementRequest, State, VerifyCloneRequest, WatchCloneRequest,
-        recipient_service_client::RecipientServiceClient,
+        Clone, CloneLimits, CloneOptions, CloneStatementRequest, State, VerifyCloneRequest,
+        WatchCloneRequest, recipient_service_client::RecipientServiceClient,
     },
 };
 use tonic::transport::Channel;
@@ -23,14 +23,26 @@ pub async fn recipient(recipient: &Recipient) -> RecipientServiceClient<Channel>
         .expect("the recipient takes calls")
 }
 
+/// Options of a clone that is still at its first files when somebody comes in between.
+#[must_use]
+pub fn slowly() -> CloneOptions {
+    let limits = CloneLimits { data_bytes_per_second_max: Some(8 << 20), ..Default::default() };
+    CloneOptions { limits: Some(limits), ..Default::default() }
+}
+
+/// Starts a clone by its statement; its name.
+pub async fn begin(client: &mut RecipientServiceClient<Channel>, statement: &str) -> String {
+    let request = CloneStatementRequest { statement: statement.to_owned(), ..Default::default() };
+    let started = client.clone_statement(request).await.expect("the clone is accepted");
+    started.into_inner().clone.expect("a clone").name
+}
+
 /// Starts a clone by its statement and waits for its end.
 pub async fn clone_and_wait(
     client: &mut RecipientServiceClient<Channel>,
     statement: &str,
 ) -> Clone {
-    let request = CloneStatementRequest { statement: statement.to_owned(), ..Default::default() };
-    let started = client.clone_statement(request).await.expect("the clone is accepted");
-    let name = started.into_inner().clone.expect("a clone").name;
+    let name = begin(client, statement).await;
     wait_for_end(client, &name).await
 }
 
@@ -60,6 +72,15 @@ pub async fn assert_intact(client: &mut RecipientServiceClient<Channel>, name: &
 /// failed later.
 pub async fn clone_error(client: &mut RecipientServiceClient<Channel>, statement: &str) -> Failure {
     let request = CloneStatementRequest { statement: statement.to_owned(), ..Default::default() };
+    error_of(client, request).await
+}
+
+/// As `clone_error`, with options.
+pub async fn error_of(
+    client: &mut RecipientServiceClient<Channel>,
+    request: CloneStatementRequest,
+) -> Failure {
+    let statement = request.statement.clone();
     match client.clone_statement(request).await {
         Err(status) => marcot_common::failure::Failure::from_status(&status).to_wire(),
         Ok(started) => {

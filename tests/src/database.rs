@@ -4,10 +4,14 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use ::mysql::{Conn, OptsBuilder, prelude::Queryable as _};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::{mariadb, mysql, wait_for};
 
@@ -156,7 +160,12 @@ pub fn free_port() -> u16 {
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let port = FIRST + std::process::id().wrapping_mul(61).wrapping_add(number * 7) % COUNT;
         let port = u16::try_from(port).expect("below 32768");
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        // Kept for this process's life: others look while this one's server is down.
+        let held = File::create(std::env::temp_dir().join(format!("marcot-port-{port}")));
+        let held = held.expect("a writable directory");
+        let is_ours = flock(&held, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if is_ours && std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            PORTS.lock().expect("no holder panics").push(held);
             return port;
         }
     }
@@ -230,7 +239,7 @@ pub fn ask(socket: &Path, sql: &str) -> Result<String, String> {
     let output = Command::new("mariadb")
         .args(["--no-defaults", "--batch", "--skip-column-names", "--user=root"])
         // A server that hangs while it starts takes connections and greets nobody.
-        .arg("--connect-timeout=10")
+        .arg("--connect-timeout=30")
         .arg(format!("--socket={}", socket.display()))
         .arg(format!("--execute={sql}"))
         .output()
@@ -256,6 +265,9 @@ pub fn sequence(version: Version, count: u64) -> String {
 
 /// Makes each socket's name another one.
 static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// Ports that this process has.
+static PORTS: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 impl Database {
     /// Starts a server and waits until it answers. Its socket and log go to `home`.
@@ -349,6 +361,17 @@ impl Database {
         server.log()
     }
 
+    /// Starts a server that may not come to run.
+    #[must_use]
+    pub fn begin(home: &Path, data_directory: &Path, options: &Options) -> Self {
+        Self::spawn(home, data_directory, options)
+    }
+
+    /// Whether its process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("our own child").is_some()
+    }
+
     /// Which server it is.
     #[must_use]
     pub fn version(&self) -> Version {
@@ -383,7 +406,8 @@ impl Database {
     pub fn try_connect(&self) -> Result<Conn, ::mysql::Error> {
         let socket = self.socket.display().to_string();
         let options = OptsBuilder::new().socket(Some(socket)).user(Some("root")).stmt_cache_size(0);
-        Conn::new(options)
+        // A server's short timeout is for others.
+        Conn::new(options.init(vec!["SET SESSION wait_timeout=28800"]))
     }
 
     /// A connection as root.
@@ -526,6 +550,30 @@ impl Database {
         )));
     }
 
+    /// Makes a MariaDB a replica from a file and position of the primary's binary log on, without
+    /// GTIDs, and waits until it has applied all that `primary` has now.
+    pub fn replicate_from_file(&self, primary: &Self, file: &str, position: u64) {
+        drop(primary.query(
+            "CREATE OR REPLACE USER repl@'127.0.0.1' IDENTIFIED BY 'repl'; \
+             GRANT REPLICATION SLAVE ON *.* TO repl@'127.0.0.1'",
+        ));
+        let port = primary.port.expect("the primary has a port");
+        drop(self.query(&format!(
+            "CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_PORT={port}, MASTER_USER='repl', \
+             MASTER_PASSWORD='repl', MASTER_USE_GTID=no, MASTER_LOG_FILE='{file}', \
+             MASTER_LOG_POS={position}; START SLAVE"
+        )));
+        let status = primary.query("SHOW MASTER STATUS");
+        let mut target = status.split('\t');
+        let (file, position) = (target.next().unwrap_or(""), target.next().unwrap_or(""));
+        let mut conn = self.connect();
+        let wait = format!("SELECT MASTER_POS_WAIT('{file}', {position}, 300)");
+        let waited: Option<i64> = conn.query_first(wait).expect("the replica answers");
+        // It tells how many events were waited for, -1 where the time was not enough.
+        let waited = waited.map(|events| events.min(0));
+        assert_caught_up(&mut conn, "SHOW SLAVE STATUS", waited, &format!("{file}:{position}"));
+    }
+
     /// Waits until this replica has applied all that `primary` has now.
     pub fn catch_up(&self, primary: &Self) {
         if self.version.is_mysql() {
@@ -533,7 +581,7 @@ impl Database {
         }
         let target = primary.query("SELECT @@gtid_binlog_pos");
         let mut conn = self.connect();
-        let wait = format!("SELECT MASTER_GTID_WAIT('{}', 60)", target.trim());
+        let wait = format!("SELECT MASTER_GTID_WAIT('{}', 300)", target.trim());
         let waited: Option<i64> = conn.query_first(wait).expect("the replica answers");
         assert_caught_up(&mut conn, "SHOW SLAVE STATUS", waited, &target);
     }

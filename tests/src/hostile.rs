@@ -11,22 +11,28 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _};
-use marcot_common::login::server::{LogInService, NoKeys};
+use marcot_common::{
+    failure::Failure,
+    login::server::{LogInService, NoKeys},
+};
 use marcot_proto::{
-    auth::v1::auth_service_server::AuthServiceServer,
+    auth::v1::{
+        LogInRequest, LogInResponse,
+        auth_service_server::{AuthService, AuthServiceServer},
+    },
     common::v1::{Codec, ConsistencyLevel, Stage},
     donor::v1::{
         AdvanceProgress, AdvanceStageRequest, AdvanceStageResponse, Advanced, Chunk,
         CloseSnapshotRequest, CloseSnapshotResponse, EntryChange, Extent, FileEntry, FileType,
         GetServerInfoRequest, GetServerInfoResponse, HashRangesRequest, HashRangesResponse,
         ListEnd, ListFilesRequest, ListFilesResponse, ListSnapshotsRequest, ListSnapshotsResponse,
-        OpenSnapshotRequest, OpenSnapshotResponse, ReadEnd, ReadRangesRequest, ReadRangesResponse,
-        RenewLeaseRequest, RenewLeaseResponse, Totals, advance_stage_response,
+        OpenSnapshotRequest, OpenSnapshotResponse, RangeFailure, ReadEnd, ReadRangesRequest,
+        ReadRangesResponse, RenewLeaseRequest, RenewLeaseResponse, Totals, advance_stage_response,
         donor_service_server::{DonorService, DonorServiceServer},
         read_ranges_response::Frame,
     },
 };
-use tonic::{Request, Response, Status, transport::Server};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 /// What the honest file holds.
 pub const CONTENT: &[u8] = b"honest content";
@@ -34,8 +40,32 @@ pub const CONTENT: &[u8] = b"honest content";
 /// A list, as a function of the round; it may be endless.
 pub type ListEntries = dyn Fn(u32) -> Box<dyn Iterator<Item = FileEntry> + Send> + Send + Sync;
 
-/// The frames of a ReadRanges call.
-pub type ReadFrames = dyn Fn(&ReadRangesRequest) -> Vec<Frame> + Send + Sync;
+/// The frames of a ReadRanges call; they may be endless.
+pub type ReadFrames = dyn Fn(&ReadRangesRequest) -> Frames + Send + Sync;
+
+/// See `ReadFrames`.
+pub type Frames = Box<dyn Iterator<Item = Frame> + Send>;
+
+/// A call that a donor may leave unanswered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// LogIn.
+    LogIn,
+    /// GetServerInfo.
+    Info,
+    /// OpenSnapshot.
+    Open,
+    /// RenewLease.
+    Renew,
+    /// CloseSnapshot.
+    Close,
+    /// ListFiles.
+    List,
+    /// ReadRanges.
+    Read,
+    /// AdvanceStage.
+    Advance,
+}
 
 /// What an advance answers, by its count from 0.
 pub type Advance = dyn Fn(u32) -> (Stage, u32) + Send + Sync;
@@ -47,16 +77,35 @@ pub struct Behaviour {
     pub list: Arc<ListEntries>,
     /// Counts at the list's end; `None` for the right ones.
     pub totals: Option<Totals>,
+    /// CRC-32C of each message of a list.
+    pub entries_crc32c: Option<u32>,
     /// Answers to ReadRanges.
     pub read: Arc<ReadFrames>,
     /// Answers to AdvanceStage.
     pub advance: Arc<Advance>,
-    /// Words of progress before each of them: how many, `BEAT` apart, and the entries that each tells.
+    /// Words of progress before each of them: how many, `beat` apart, and the entries that each tells.
     pub beats: (u64, fn(u64) -> u64),
+    /// Between two of them.
+    pub beat: Duration,
+    /// Before each message of a list, and each frame.
+    pub trickle: Duration,
+    /// Entries of a list's message.
+    pub page: usize,
+    /// Empty messages before a list's first one.
+    pub empty_messages: u64,
+    /// What is never answered.
+    pub silent: Option<Call>,
+    /// What is said of the server, spoilt.
+    pub info: fn(&mut GetServerInfoResponse),
+    /// What is said of the snapshot, spoilt.
+    pub opened: fn(&mut OpenSnapshotResponse),
 }
 
-/// Between two words of progress.
+/// Between two words of progress, unless a behaviour has another time.
 pub const BEAT: Duration = Duration::from_millis(100);
+
+/// Entries of a list's message, unless a behaviour has another count.
+const PAGE: usize = 1000;
 
 /// A regular file's entry.
 #[must_use]
@@ -114,6 +163,13 @@ pub fn end(ranges: u32, bytes: u64) -> Frame {
     })
 }
 
+/// A range that could not be read since its file is gone.
+#[must_use]
+pub fn failed(range: u32, file_id: u64) -> Frame {
+    let why = Failure::new(tonic::Code::NotFound, "FILE_VANISHED", "it was here a moment ago");
+    Frame::Failure(RangeFailure { range, file_id, failure: Some(why.to_wire()) })
+}
+
 impl Behaviour {
     /// Honest: one file, read rightly, and done.
     #[must_use]
@@ -121,6 +177,7 @@ impl Behaviour {
         Self {
             list: Arc::new(|_| Box::new(std::iter::once(file(0, b"file", CONTENT.len() as u64)))),
             totals: None,
+            entries_crc32c: None,
             read: Arc::new(|request| {
                 let mut frames = Vec::new();
                 let mut bytes = 0;
@@ -134,10 +191,17 @@ impl Behaviour {
                 }
                 let ranges = u32::try_from(request.ranges.len()).unwrap_or(u32::MAX);
                 frames.push(end(ranges, bytes));
-                frames
+                Box::new(frames.into_iter())
             }),
             advance: Arc::new(|_| (Stage::Done, 1)),
             beats: (0, |n| n),
+            beat: BEAT,
+            trickle: Duration::ZERO,
+            page: PAGE,
+            empty_messages: 0,
+            silent: None,
+            info: |_| {},
+            opened: |_| {},
         }
     }
 
@@ -150,7 +214,20 @@ impl Behaviour {
     /// With these frames for every ReadRanges call.
     #[must_use]
     pub fn reading(frames: Vec<Frame>) -> Self {
-        Self { read: Arc::new(move |_| frames.clone()), ..Self::honest() }
+        Self::reading_by(move |_| Box::new(frames.clone().into_iter()))
+    }
+
+    /// With the frames that a function of the request makes.
+    #[must_use]
+    pub fn reading_by(read: impl Fn(&ReadRangesRequest) -> Frames + Send + Sync + 'static) -> Self {
+        Self { read: Arc::new(read), ..Self::honest() }
+    }
+
+    /// Waits for ever where this call is to go unanswered.
+    async fn answers(&self, call: Call) {
+        if self.silent == Some(call) {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Serves this behaviour in plaintext on loopback for as long as the runtime lives.
@@ -158,14 +235,33 @@ impl Behaviour {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound port");
         let (_, health) = tonic_health::server::health_reporter();
+        let log_in: Option<LogInService> =
+            (self.silent != Some(Call::LogIn)).then(|| LogInService::new(None, Arc::new(NoKeys)));
+        let silent = log_in.is_none().then(|| AuthServiceServer::new(SilentLogIn));
         let donor = HostileDonor { behaviour: self, advances: Arc::default() };
         let server = Server::builder()
             .add_service(health)
-            .add_service(AuthServiceServer::new(LogInService::new(None, Arc::new(NoKeys))))
+            .add_optional_service(log_in.map(AuthServiceServer::new))
+            .add_optional_service(silent)
             .add_service(DonorServiceServer::new(donor).max_encoding_message_size(64 << 20));
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
         tokio::spawn(server.serve_with_incoming(incoming));
         address
+    }
+}
+
+/// Takes log-ins, and says nothing.
+struct SilentLogIn;
+
+#[tonic::async_trait]
+impl AuthService for SilentLogIn {
+    type LogInStream = Messages<LogInResponse>;
+
+    async fn log_in(
+        &self,
+        _: Request<Streaming<LogInRequest>>,
+    ) -> Result<Response<Self::LogInStream>, Status> {
+        std::future::pending().await
     }
 }
 
@@ -176,25 +272,48 @@ struct HostileDonor {
 
 type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// Messages, each after a pause.
+fn trickled<T: Send + 'static>(
+    messages: impl Iterator<Item = T> + Send + 'static,
+    pause: Duration,
+) -> Messages<T> {
+    Box::pin(futures::stream::iter(messages).then(move |message| async move {
+        wait(pause).await;
+        Ok(message)
+    }))
+}
+
+async fn wait(pause: Duration) {
+    if !pause.is_zero() {
+        tokio::time::sleep(pause).await;
+    }
+}
+
 #[tonic::async_trait]
 impl DonorService for HostileDonor {
     async fn get_server_info(
         &self,
         _: Request<GetServerInfoRequest>,
     ) -> Result<Response<GetServerInfoResponse>, Status> {
-        Ok(Response::new(GetServerInfoResponse::default()))
+        self.behaviour.answers(Call::Info).await;
+        let mut info = GetServerInfoResponse::default();
+        (self.behaviour.info)(&mut info);
+        Ok(Response::new(info))
     }
 
     async fn open_snapshot(
         &self,
         _: Request<OpenSnapshotRequest>,
     ) -> Result<Response<OpenSnapshotResponse>, Status> {
-        Ok(Response::new(OpenSnapshotResponse {
+        self.behaviour.answers(Call::Open).await;
+        let mut opened = OpenSnapshotResponse {
             snapshot: "snapshots/1".to_owned(),
             stage: Stage::FileCopy.into(),
             round: 1,
             ..OpenSnapshotResponse::default()
-        }))
+        };
+        (self.behaviour.opened)(&mut opened);
+        Ok(Response::new(opened))
     }
 
     async fn list_snapshots(
@@ -210,28 +329,44 @@ impl DonorService for HostileDonor {
         &self,
         request: Request<ListFilesRequest>,
     ) -> Result<Response<Self::ListFilesStream>, Status> {
+        self.behaviour.answers(Call::List).await;
         let mut entries = (self.behaviour.list)(request.get_ref().round);
-        let fixed = self.behaviour.totals;
+        let (fixed, size) = (self.behaviour.totals, self.behaviour.page);
         let mut totals = Totals::default();
+        let mut count = move |entry: &FileEntry| {
+            totals.entries += 1;
+            if entry.r#type() == FileType::Regular && entry.change() != EntryChange::Remove {
+                totals.files += 1;
+                totals.size_bytes = totals.size_bytes.wrapping_add(entry.size_bytes);
+            }
+            totals
+        };
+        let mut counted = Totals::default();
+        // A call that was cut goes on where it was.
+        for entry in entries.by_ref().take(request.get_ref().start_number as usize) {
+            counted = count(&entry);
+        }
         let mut ended = false;
+        let mut empty = self.behaviour.empty_messages;
+        let entries_crc32c = self.behaviour.entries_crc32c;
         let messages = std::iter::from_fn(move || {
+            if empty > 0 {
+                empty -= 1;
+                return Some(ListFilesResponse::default());
+            }
             if ended {
                 return None;
             }
-            let page: Vec<_> = entries.by_ref().take(1000).collect();
+            let page: Vec<_> = entries.by_ref().take(size).collect();
             for entry in &page {
-                totals.entries += 1;
-                if entry.r#type() == FileType::Regular && entry.change() != EntryChange::Remove {
-                    totals.files += 1;
-                    totals.size_bytes = totals.size_bytes.wrapping_add(entry.size_bytes);
-                }
+                counted = count(entry);
             }
-            ended = page.len() < 1000;
+            ended = page.len() < size;
             let end =
-                ended.then(|| ListEnd { totals: Some(fixed.unwrap_or(totals)), growing: false });
-            Some(Ok(ListFilesResponse { entries: page, end, entries_crc32c: None }))
+                ended.then(|| ListEnd { totals: Some(fixed.unwrap_or(counted)), growing: false });
+            Some(ListFilesResponse { entries: page, end, entries_crc32c })
         });
-        Ok(Response::new(Box::pin(futures::stream::iter(messages))))
+        Ok(Response::new(trickled(messages, self.behaviour.trickle)))
     }
 
     type ReadRangesStream = Messages<ReadRangesResponse>;
@@ -240,9 +375,10 @@ impl DonorService for HostileDonor {
         &self,
         request: Request<ReadRangesRequest>,
     ) -> Result<Response<Self::ReadRangesStream>, Status> {
+        self.behaviour.answers(Call::Read).await;
         let frames = (self.behaviour.read)(request.get_ref());
-        let frames = frames.into_iter().map(|frame| Ok(ReadRangesResponse { frame: Some(frame) }));
-        Ok(Response::new(Box::pin(futures::stream::iter(frames))))
+        let frames = frames.map(|frame| ReadRangesResponse { frame: Some(frame) });
+        Ok(Response::new(trickled(frames, self.behaviour.trickle)))
     }
 
     type HashRangesStream = Messages<HashRangesResponse>;
@@ -260,6 +396,7 @@ impl DonorService for HostileDonor {
         &self,
         _: Request<AdvanceStageRequest>,
     ) -> Result<Response<Self::AdvanceStageStream>, Status> {
+        self.behaviour.answers(Call::Advance).await;
         let (stage, round) =
             (self.behaviour.advance)(self.advances.fetch_add(1, Ordering::Relaxed));
         let advanced = Advanced {
@@ -271,8 +408,9 @@ impl DonorService for HostileDonor {
         let step = Some(advance_stage_response::Step::Advanced(advanced));
         let end = futures::stream::iter([Ok(AdvanceStageResponse { step })]);
         let (count, entries) = self.behaviour.beats;
+        let beat = self.behaviour.beat;
         let beats = futures::stream::iter(0..count).then(move |n| async move {
-            tokio::time::sleep(BEAT).await;
+            wait(beat).await;
             let progress = AdvanceProgress { entries: entries(n), ..AdvanceProgress::default() };
             let step = Some(advance_stage_response::Step::Progress(progress));
             Ok(AdvanceStageResponse { step })
@@ -284,6 +422,7 @@ impl DonorService for HostileDonor {
         &self,
         _: Request<RenewLeaseRequest>,
     ) -> Result<Response<RenewLeaseResponse>, Status> {
+        self.behaviour.answers(Call::Renew).await;
         Ok(Response::new(RenewLeaseResponse::default()))
     }
 
@@ -291,6 +430,7 @@ impl DonorService for HostileDonor {
         &self,
         _: Request<CloseSnapshotRequest>,
     ) -> Result<Response<CloseSnapshotResponse>, Status> {
+        self.behaviour.answers(Call::Close).await;
         Ok(Response::new(CloseSnapshotResponse {}))
     }
 }

@@ -4,11 +4,15 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod bench;
+pub mod beside;
 pub mod certificates;
 pub mod client;
+pub mod collector;
 pub mod database;
 pub mod disk;
+pub mod first_page;
 pub mod hostile;
 pub mod invariants;
 pub mod killer;
@@ -20,15 +24,20 @@ pub mod pair;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod scrape;
 pub mod site;
 pub mod tree;
 pub mod volume;
+pub mod watch;
 
+pub use beside::Beside;
 pub use certificates::Certificates;
-pub use client::{clone_and_wait, clone_error, recipient};
+pub use client::{clone_and_wait, clone_error, error_of, recipient};
+pub use collector::Collector;
 pub use pair::Pair;
 pub use process::{Donor, Recipient};
 pub use proxy::Proxy;
+pub use watch::Watch;
 
 use std::{
     path::PathBuf,

@@ -7,15 +7,23 @@ use std::{
 
 use crate::{
     Donor, Recipient, bench,
-    client::{assert_intact, wait_for_end},
+    client::{assert_intact, clone_error, slowly, wait_for_end},
     database::{Database, Options, Version, install_with},
     invariants::{check_copy, ledger_in_binlog, prepare},
+    killer::Blow,
     load::{Load, Moment, Report, check_prepared},
     mysql, new_directory,
     proxy::Proxy,
     recipient, wait_for,
 };
-use marcot_proto::recipient::v1::{Clone, CloneStatementRequest, State};
+use marcot_proto::{
+    common::v1::Failure,
+    recipient::v1::{
+        Clone, CloneInstanceRequest, CloneLimits, CloneStatementRequest, State,
+        UpdateCloneLimitsRequest, recipient_service_client::RecipientServiceClient,
+    },
+};
+use tonic::transport::Channel;
 
 /// Writers of every load here.
 pub const WRITERS: usize = 4;
@@ -90,7 +98,7 @@ impl Live {
 
     /// Starts the recipient again, after it was killed.
     pub fn restart_recipient(&mut self) {
-        self.recipient = Recipient::start(self.home.path(), &[]);
+        self.recipient = Recipient::start(self.home.path(), &["--donor-timeout", "60s"]);
     }
 
     /// Starts the server again, after it was killed or shut down, where the donor finds it.
@@ -135,6 +143,52 @@ impl Live {
         self.donor.statement(&self.path(name), "")
     }
 
+    /// Begins a clone by a port, the donor's or a proxy's, with a recipient that waits long for it and is
+    /// frozen once there is a snapshot.
+    pub async fn begin_frozen(&mut self, port: u16) -> (RecipientServiceClient<Channel>, String) {
+        self.recipient.0.kill();
+        self.recipient = Recipient::start(self.home.path(), &["--donor-timeout", "60s"]);
+        let mut client = recipient(&self.recipient).await;
+        let request = CloneInstanceRequest {
+            host: "127.0.0.1".to_owned(),
+            port: port.into(),
+            user: "clone".to_owned(),
+            options: Some(slowly()),
+            data_directory: self.path("clone").display().to_string().into_bytes().into(),
+            ..Default::default()
+        };
+        let started = client.clone_instance(request).await.expect("the clone is accepted");
+        wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
+        self.recipient.0.freeze();
+        (client, started.into_inner().clone.expect("a clone").name)
+    }
+
+    /// Writes more redo than half of `--spool-quota 48MiB`: pages have to be sent again.
+    pub fn outgrow_the_log(&self) {
+        let begun = self.lsn();
+        wait_for("redo beyond the bound", || {
+            drop(self.server.query("UPDATE mix.bulk SET v = REVERSE(v) WHERE id % 4 = 0"));
+            (self.lsn() > begun + (26 << 20)).then_some(())
+        });
+    }
+
+    /// A frozen recipient goes on until pages are sent again, and is frozen there.
+    pub fn go_on_to_page_copy(&self) {
+        let pid = self.recipient.0.pid();
+        let killer = self.donor.0.strike_at_line("PAGE COPY round 1", pid, Blow::Freeze);
+        self.recipient.0.thaw();
+        let _at = killer.struck();
+    }
+
+    /// The error of a clone from `donor`, which leaves nothing.
+    pub async fn refusal(&self, donor: &Donor) -> Failure {
+        let mut client = recipient(&self.recipient).await;
+        let target = self.path("refused");
+        let failure = clone_error(&mut client, &donor.statement(&target, "")).await;
+        assert!(!target.exists());
+        failure
+    }
+
     /// A clone under load, checked in every way there is.
     pub async fn clone_and_check(&self, name: &str, load: Load) {
         self.clone_with(name, load, |_| ()).await;
@@ -156,8 +210,11 @@ impl Live {
     ) {
         let before = load.moment();
         let mut client = recipient(&self.recipient).await;
-        let request =
-            CloneStatementRequest { statement: self.statement(name, false), ..Default::default() };
+        let request = CloneStatementRequest {
+            statement: self.statement(name, false),
+            options: Some(slowly()),
+            ..Default::default()
+        };
         let started = client.clone_statement(request).await.expect("the clone is accepted");
         let started = started.into_inner().clone.expect("a clone");
         wait_for("a snapshot", || self.donor.0.log().contains("snapshot opened").then_some(()));
@@ -168,6 +225,10 @@ impl Live {
             load.wait_for_commits(20);
         }
         self.recipient.0.thaw();
+        let limits = Some(CloneLimits { data_bytes_per_second_max: Some(0), ..Default::default() });
+        let lift = UpdateCloneLimitsRequest { name: started.name.clone(), limits };
+        // It may have ended by now.
+        drop(client.update_clone_limits(lift).await);
         self.check_end(name, &started.name, before, load, reasons).await;
     }
 
@@ -217,6 +278,15 @@ impl Live {
         report: &Report,
     ) {
         let copy = self.start_clone(name);
+        if self.options.version.is_mysql() {
+            let point = clone.coordinates.clone().unwrap_or_default();
+            let own = copy.query("SELECT REPLACE(@@gtid_executed, '\n', '')");
+            assert_eq!(
+                own.trim(),
+                point.gtid_executed,
+                "what it has recovered, and the coordinates"
+            );
+        }
         let prepared = check_prepared(&copy, &report.prepared, before, ended);
         eprintln!("{name} has {prepared} user transactions prepared");
         let held = check_copy(&copy, WRITERS);

@@ -245,7 +245,8 @@ impl Load {
             let work = move |shared: &Shared, conn: &mut Conn| probe::commit(shared, conn, number);
             run(format!("probe-{number}"), Box::new(work));
         }
-        run("mix".to_owned(), Box::new(mix::change_rows));
+        let work = move |shared: &Shared, conn: &mut Conn| mix::change_rows(shared, conn, pause);
+        run("mix".to_owned(), Box::new(work));
         if options.ddl {
             run("storm".to_owned(), Box::new(storm::change_tables));
         }
@@ -329,6 +330,12 @@ impl Load {
     #[must_use]
     pub fn longest_silence(&self, from: Instant, to: Instant) -> Duration {
         self.shared.probes.longest_silence(from, to)
+    }
+
+    /// Longest time between them in which this process had no turn.
+    #[must_use]
+    pub fn longest_stall(&self, from: Instant, to: Instant) -> Duration {
+        self.shared.pace.longest_stall(from, to)
     }
 
     /// Transactions per second since the start.

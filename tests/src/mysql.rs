@@ -14,7 +14,7 @@ pub(crate) const SIZES: &[&str] = &["--innodb-redo-log-capacity=16M"];
 
 /// The privileges that docs/operations.md lists.
 pub const GRANTS: &str = "CREATE USER marcot@localhost IDENTIFIED BY 'secret'; \
-    GRANT BACKUP_ADMIN, RELOAD, PROCESS ON *.* TO marcot@localhost; \
+    GRANT BACKUP_ADMIN, RELOAD, PROCESS, REPLICATION CLIENT ON *.* TO marcot@localhost; \
     GRANT SELECT ON performance_schema.log_status TO marcot@localhost;";
 
 /// What a server that runs from a tree of its own is told.
@@ -54,7 +54,7 @@ pub(crate) fn replicate(replica: &Database, primary: &Database) {
 pub(crate) fn catch_up(replica: &Database, primary: &Database) {
     let target = primary.query("SELECT REPLACE(@@gtid_executed, '\n', '')");
     let mut conn = replica.connect();
-    let wait = format!("SELECT WAIT_FOR_EXECUTED_GTID_SET('{}', 60)", target.trim());
+    let wait = format!("SELECT WAIT_FOR_EXECUTED_GTID_SET('{}', 300)", target.trim());
     let waited: Option<i64> = conn.query_first(wait).expect("the replica answers");
     assert_caught_up(&mut conn, "SHOW REPLICA STATUS", waited, &target);
 }

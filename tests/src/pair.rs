@@ -31,6 +31,16 @@ impl Pair {
         recipient_options: &[&str],
         fill: impl FnOnce(&Path),
     ) -> Self {
+        Self::start_in(&[], donor_options, recipient_options, fill).await
+    }
+
+    /// As `start_with`, with more variables in both environments.
+    pub async fn start_in(
+        environment: &[(&str, &str)],
+        donor_options: &[&str],
+        recipient_options: &[&str],
+        fill: impl FnOnce(&Path),
+    ) -> Self {
         let home = new_directory();
         let data = home.path().join("data");
         std::fs::create_dir(&data).expect("a writable home");
@@ -40,8 +50,9 @@ impl Pair {
             options.iter().map(|option| option.replace("{home}", &here)).collect()
         };
         let (donor_options, recipient_options) = (filled(donor_options), filled(recipient_options));
-        let donor = Donor::start(home.path(), &data, &borrow(&donor_options));
-        let recipient = Recipient::start(home.path(), &borrow(&recipient_options));
+        let donor = Donor::start_with(home.path(), &data, &borrow(&donor_options), environment);
+        let options = borrow(&recipient_options);
+        let recipient = Recipient::start_with(home.path(), &options, environment);
         let client = client::recipient(&recipient).await;
         Self { client, recipient, donor, home }
     }

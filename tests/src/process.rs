@@ -56,6 +56,11 @@ impl Daemon {
             .args(command)
             // Stories whose donor is gone for good end soon; those about waiting say how long.
             .env("MARCOT_DONOR_TIMEOUT", "3s")
+            // Those about a donor that is full say how long it is waited for.
+            .env("MARCOT_QUEUE_WAIT", "0s")
+            // Recipients that were killed leave snapshots, and all are on one address; the story about
+            // shares says another number.
+            .env("MARCOT_SNAPSHOTS_PER_PEER_MAX", "1024")
             // Every donor of a story is on this host; those about the list say another.
             .env("MARCOT_DONOR_LIST", "127.0.0.1:*,[::1]:*")
             .envs(environment.iter().copied())
@@ -104,6 +109,12 @@ impl Daemon {
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("VmHWM");
         let kib = line.split_whitespace().nth(1).expect("a number");
         kib.parse::<u64>().expect("a number") << 10
+    }
+
+    /// From now on the most memory is what it holds now, or will hold.
+    pub fn forget_peak_rss(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.pid()), "5")
+            .expect("a process of ours can be told so");
     }
 
     /// Open descriptors now.
@@ -168,13 +179,24 @@ impl Donor {
     /// Starts a donor of `data_directory`, with more options.
     #[must_use]
     pub fn start(home: &Path, data_directory: &Path, options: &[&str]) -> Self {
+        Self::start_with(home, data_directory, options, &[])
+    }
+
+    /// As `start`, with more variables in its environment.
+    #[must_use]
+    pub fn start_with(
+        home: &Path,
+        data_directory: &Path,
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut arguments =
             vec!["--data-directory".to_owned(), data_directory.display().to_string()];
         if !options.contains(&"--spool-directory") {
             arguments.extend(["--spool-directory".to_owned(), home.display().to_string()]);
         }
         arguments.extend(options.iter().map(ToString::to_string));
-        Self(Daemon::start("marcot-donor", home, &arguments, &[]))
+        Self(Daemon::start("marcot-donor", home, &arguments, environment))
     }
 
     /// Its port.

@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -18,7 +18,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
-        TcpListener, TcpStream,
+        TcpListener, TcpSocket, TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
     runtime::Runtime,
@@ -31,6 +31,9 @@ const PIECE_BYTES: usize = 64 << 10;
 
 /// What is recorded of each connection's way down.
 const RECORDED_DOWN_MAX: usize = 64 << 10;
+
+/// For how long what a server has said still passes, once it takes nothing any more.
+const LAST_WORD_MAX: Duration = Duration::from_millis(200);
 
 /// A limited connection waits this often in a second, so that a new limit is felt soon.
 const PIECES_PER_SECOND: u64 = 20;
@@ -64,12 +67,16 @@ struct Rules {
     is_down: bool,
     /// Of both directions of all connections together.
     bytes_per_second: Option<u64>,
+    /// Of each direction of each connection.
+    each_bytes_per_second: Option<u64>,
     /// Connections taken under a lower number are reset.
     cuts: u64,
 }
 
 struct Shared {
     target: Mutex<SocketAddr>,
+    /// The address that connections to the target come from, if it is to be another than usual.
+    source: Option<Ipv4Addr>,
     rules: watch::Sender<Rules>,
     /// Bytes down until all connections are cut.
     allowance: Mutex<Option<u64>>,
@@ -77,6 +84,8 @@ struct Shared {
     flip: Mutex<Option<u64>>,
     /// What to do once the answer to a text has come.
     answered: Mutex<Option<Answered>>,
+    /// How long answers to a text take longer.
+    delay: Mutex<Option<(&'static str, Duration)>>,
     /// What has passed, once it is to be recorded.
     record: Mutex<Option<Vec<u8>>>,
     /// When the limit lets the next byte pass.
@@ -103,12 +112,20 @@ enum Direction {
 struct Exchange {
     /// The text went up, its answer has not come down.
     is_asked: AtomicBool,
+    /// The text whose answers take longer went up, its answer has not come down.
+    is_delayed: AtomicBool,
 }
 
 impl Proxy {
     /// Starts a proxy of `target` that lets everything pass.
     #[must_use]
     pub fn start(target: SocketAddr) -> Self {
+        Self::start_from(target, None)
+    }
+
+    /// The same; the target sees its connections come from that address of this host.
+    #[must_use]
+    pub fn start_from(target: SocketAddr, source: Option<Ipv4Addr>) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("a socket of ours");
         let address = listener.local_addr().expect("a bound socket");
@@ -120,10 +137,12 @@ impl Proxy {
             .expect("a thread");
         let shared = Arc::new(Shared {
             target: Mutex::new(target),
+            source,
             rules: watch::Sender::new(Rules::default()),
             allowance: Mutex::new(None),
             flip: Mutex::new(None),
             answered: Mutex::new(None),
+            delay: Mutex::new(None),
             record: Mutex::new(None),
             next: Mutex::new(Instant::now()),
             connections: AtomicU64::new(0),
@@ -187,6 +206,12 @@ impl Proxy {
         self.shared.rules.send_modify(|rules| rules.bytes_per_second = bytes_per_second);
     }
 
+    /// Lets no more than this pass in each direction of each connection.
+    pub fn limit_each(&self, bytes_per_second: Option<u64>) {
+        assert_ne!(bytes_per_second, Some(0), "to forward nothing is `stall`");
+        self.shared.rules.send_modify(|rules| rules.each_bytes_per_second = bytes_per_second);
+    }
+
     /// Resets every open connection once exactly so many more bytes have gone down; later
     /// connections pass. A client may receive fewer: a reset overtakes what it has not read.
     pub fn cut_after(&self, bytes: u64) {
@@ -216,6 +241,13 @@ impl Proxy {
     pub fn when_answered(&self, text: &'static str, act: impl FnOnce() + Send + 'static) {
         let answered = Answered { text, act: Box::new(act) };
         *self.shared.answered.lock().expect("no holder panics") = Some(answered);
+    }
+
+    /// Answers that come after `text` has gone up on their connection take longer by `pause`; zero: no
+    /// more.
+    pub fn delay_answers(&self, text: &'static str, pause: Duration) {
+        let delay = (!pause.is_zero()).then_some((text, pause));
+        *self.shared.delay.lock().expect("no holder panics") = delay;
     }
 
     /// Records what passes from now on: all that goes up, and of each connection the first 64 KiB
@@ -273,7 +305,7 @@ async fn connection(mut client: TcpStream, target: SocketAddr, shared: Arc<Share
         shared.cut.fetch_add(1, Ordering::SeqCst);
         return reset(&client);
     }
-    let Ok(mut server) = TcpStream::connect(target).await else {
+    let Ok(mut server) = connect(target, shared.source).await else {
         // The client learns it as it would without a proxy.
         return reset(&client);
     };
@@ -288,10 +320,17 @@ async fn connection(mut client: TcpStream, target: SocketAddr, shared: Arc<Share
         let (server_read, server_write) = server.split();
         let exchange = Exchange::default();
         let both = async {
-            tokio::try_join!(
-                forward(client_read, server_write, Direction::Up, &shared, &exchange),
-                forward(server_read, client_write, Direction::Down, &shared, &exchange),
-            )
+            let up = async {
+                let ended =
+                    forward(client_read, server_write, Direction::Up, &shared, &exchange).await;
+                if ended.is_err() {
+                    // A server that takes no more may have said why: that goes first.
+                    tokio::time::sleep(LAST_WORD_MAX).await;
+                }
+                ended
+            };
+            let down = forward(server_read, client_write, Direction::Down, &shared, &exchange);
+            tokio::try_join!(biased; down, up)
         };
         tokio::select! {
             // A reset of one end is passed on to the other.
@@ -306,6 +345,13 @@ async fn connection(mut client: TcpStream, target: SocketAddr, shared: Arc<Share
         reset(&client);
         reset(&server);
     }
+}
+
+async fn connect(target: SocketAddr, source: Option<Ipv4Addr>) -> io::Result<TcpStream> {
+    let Some(source) = source else { return TcpStream::connect(target).await };
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((source, 0).into())?;
+    socket.connect(target).await
 }
 
 /// Makes the close of a connection a reset.
@@ -323,9 +369,11 @@ async fn forward(
     let mut buffer = vec![0; PIECE_BYTES];
     let mut rules = shared.rules.subscribe();
     let mut passed = 0;
+    let mut own_turn = Instant::now();
     loop {
         let now = *rules.wait_for(|rules| !rules.is_stalled).await.expect("the sender is shared");
-        let most = now.bytes_per_second.map_or(PIECE_BYTES as u64, |rate| {
+        let each = now.each_bytes_per_second;
+        let most = now.bytes_per_second.or(each).map_or(PIECE_BYTES as u64, |rate| {
             (rate / PIECES_PER_SECOND).clamp(1, PIECE_BYTES as u64)
         });
         let most = usize::try_from(most).expect("at most a piece");
@@ -336,7 +384,16 @@ async fn forward(
             return to.shutdown().await;
         }
         shared.wait_for_turn(read as u64).await;
+        if let Some(rate) = each {
+            // Time that nobody used is not saved up.
+            own_turn =
+                own_turn.max(Instant::now()) + Duration::from_secs_f64(read as f64 / rate as f64);
+            tokio::time::sleep_until(own_turn).await;
+        }
         shared.watch(&buffer[..read], direction, exchange);
+        if let Some(pause) = shared.delay(&buffer[..read], direction, exchange) {
+            tokio::time::sleep(pause).await;
+        }
         if direction == Direction::Up || passed < RECORDED_DOWN_MAX {
             if let Some(record) = shared.record.lock().expect("no holder panics").as_mut() {
                 record.extend_from_slice(&buffer[..read]);
@@ -392,6 +449,20 @@ impl Shared {
                     (waiting.act)();
                 }
             }
+        }
+    }
+
+    /// How long this piece is kept, when it is an answer that takes longer.
+    fn delay(&self, piece: &[u8], direction: Direction, exchange: &Exchange) -> Option<Duration> {
+        let (text, pause) = (*self.delay.lock().expect("no holder panics"))?;
+        match direction {
+            Direction::Up => {
+                if piece.windows(text.len()).any(|window| window == text.as_bytes()) {
+                    exchange.is_delayed.store(true, Ordering::SeqCst);
+                }
+                None
+            }
+            Direction::Down => exchange.is_delayed.swap(false, Ordering::SeqCst).then_some(pause),
         }
     }
 

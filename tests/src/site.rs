@@ -1,5 +1,7 @@
 //! A server whose data a clone replaces: its own data hold the mark `old`, the donor's `new`.
 
+mod hooks;
+
 use std::{
     os::fd::AsFd as _,
     path::{Path, PathBuf},

@@ -43,15 +43,32 @@ impl Mounted {
         run("truncate", &["-s", size, image]);
         run(mkfs[0], &[&mkfs[1..], &[image]].concat());
         std::fs::create_dir_all(mount_point).expect("writable");
-        run("mount", &["-o", "loop", image, mount_point.to_str().expect("a plain path")]);
-        Self { mount_point: mount_point.to_owned() }
+        let volume = Self { mount_point: mount_point.to_owned() };
+        volume.mount_image();
+        volume
+    }
+
+    fn mount_image(&self) {
+        let image = self.mount_point.with_extension("img");
+        run("mount", &["-o", "loop", text(&image), text(&self.mount_point)]);
+    }
+
+    /// From now on an ext4 can only be read, whatever is open on it: as after an error of its disk. What it
+    /// has not synced is lost.
+    pub fn make_read_only(&self) {
+        run("mount", &["-o", "remount,abort", text(&self.mount_point)]);
+    }
+
+    /// Mounts an image anew, to be written again.
+    pub fn mount_again(&self) {
+        unmount(&self.mount_point);
+        self.mount_image();
     }
 
     /// A directory over itself: a mount point on the same file system.
     #[must_use]
     pub fn over_itself(directory: &Path) -> Self {
-        let text = directory.to_str().expect("a plain path");
-        run("mount", &["--bind", text, text]);
+        run("mount", &["--bind", text(directory), text(directory)]);
         Self { mount_point: directory.to_owned() }
     }
 }
@@ -60,4 +77,30 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         unmount(&self.mount_point);
     }
+}
+
+/// A file that can be neither moved nor removed until this is dropped.
+#[derive(Debug)]
+pub struct Immutable {
+    file: PathBuf,
+}
+
+impl Immutable {
+    /// Makes a file so.
+    #[must_use]
+    pub fn new(file: &Path) -> Self {
+        run("chattr", &["+i", text(file)]);
+        Self { file: file.to_owned() }
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        // A test that has failed has said why; nothing else could remove its directory.
+        drop(Command::new("chattr").arg("-i").arg(&self.file).output());
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a plain path")
 }

@@ -142,20 +142,21 @@ async fn a_snapshot_ends_with_its_lease_unless_renewed() {
     let donor = start(home.path(), &[]);
     let mut client = client(&donor).await;
     let key = CloneKey::generate().unwrap();
-    let lease = Some(duration_to_wire(Duration::from_secs(5)));
+    let lease = Some(duration_to_wire(Duration::from_secs(20)));
     let short = OpenSnapshotRequest { lease_duration: lease, ..request(&key, "") };
     let forgotten = client.open_snapshot(short.clone()).await.unwrap().into_inner().snapshot;
     let renewed = client.open_snapshot(short).await.unwrap().into_inner().snapshot;
     let renew = RenewLeaseRequest {
         snapshot: renewed.clone(),
         lease_duration: Some(duration_to_wire(Duration::from_secs(300))),
+        ..Default::default()
     };
     client.renew_lease(renew).await.unwrap();
     wait_for("the lease to end", || donor.0.log().contains("lease expired").then_some(()));
     let held = client.list_snapshots(ListSnapshotsRequest::default()).await.unwrap().into_inner();
     let names: Vec<_> = held.snapshots.into_iter().map(|s| s.name).collect();
     assert_eq!(names, [renewed]);
-    let renew = RenewLeaseRequest { snapshot: forgotten, lease_duration: None };
+    let renew = RenewLeaseRequest { snapshot: forgotten, ..Default::default() };
     let failure = client.renew_lease(renew).await.map_err(failed).unwrap_err();
     assert_eq!((failure.code, failure.reason.as_ref()), (Code::NotFound, "UNKNOWN_SNAPSHOT"));
 }
@@ -177,6 +178,41 @@ async fn opening_is_idempotent_bounded_and_told_when_to_try_again() {
     client.close_snapshot(close.clone()).await.unwrap();
     client.close_snapshot(close).await.unwrap();
     open(&mut client, "c").await.unwrap();
+}
+
+/// Guards the order of those who wait for a place: without the queue whoever asks at the right moment
+/// gets it, and others starve. Seen to fail with every turn taken for one's own.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_place_gets_it_in_turn_and_is_told_its_place() {
+    let home = new_directory();
+    let donor = start(home.path(), &["--snapshots-max", "1"]);
+    let mut client = client(&donor).await;
+    let key = CloneKey::generate().unwrap();
+    let asks = |id: &str, seconds| OpenSnapshotRequest {
+        queue_wait: Some(duration_to_wire(Duration::from_secs(seconds))),
+        ..request(&key, id)
+    };
+    let first = client.open_snapshot(asks("a", 0)).await.unwrap().into_inner().snapshot;
+    for (id, place) in [("b", "1"), ("c", "2"), ("b", "1")] {
+        let failure = failed(client.open_snapshot(asks(id, 1)).await.unwrap_err());
+        assert_eq!(failure.reason, "SNAPSHOT_LIMIT");
+        assert_eq!(failure.metadata["queue_place"], place, "{failure:?}");
+    }
+    let close = |snapshot| CloseSnapshotRequest { snapshot, outcome: Outcome::Cancelled.into() };
+    client.close_snapshot(close(first)).await.unwrap();
+    // The place is free, and it is the turn of one who does not ask at this moment.
+    for (id, wait) in [("d", 0), ("c", 1)] {
+        let failure = failed(client.open_snapshot(asks(id, wait)).await.unwrap_err());
+        assert_eq!(failure.reason, "SNAPSHOT_LIMIT", "{id}: {failure:?}");
+    }
+    let next = client.open_snapshot(asks("b", 60)).await.unwrap().into_inner().snapshot;
+    let mut other = client.clone();
+    let request = asks("c", 60);
+    let last = tokio::spawn(async move { other.open_snapshot(request).await });
+    client.close_snapshot(close(next)).await.unwrap();
+    last.await.unwrap().unwrap();
+    let failure = failed(client.open_snapshot(asks("e", 3601)).await.unwrap_err());
+    assert_eq!(failure.reason, "BAD_QUEUE_WAIT");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,6 +290,11 @@ async fn wrong_requests_are_typed_errors() {
             "BAD_LEASE",
         ),
         ("endless id", request(&key, &"x".repeat(129)), "BAD_REQUEST_ID"),
+        (
+            "a log elsewhere",
+            OpenSnapshotRequest { binlog_base: "../bin".to_owned(), ..request(&key, "") },
+            "BAD_BINLOG_BASE",
+        ),
     ] {
         let failure = client.open_snapshot(request).await.map_err(failed).expect_err(name);
         assert_eq!(failure.reason, reason, "{name}");
@@ -275,8 +316,97 @@ async fn wrong_requests_are_typed_errors() {
     assert_eq!(kinds, ["failure", "chunk", "end"]);
 }
 
+/// What a caller is told when it uses a snapshot, call by call; empty: it may.
+async fn told(client: &mut Client, snapshot: &str) -> [String; 4] {
+    let reason = |status: Status| failed(status).reason.into_owned();
+    let list = ListFilesRequest {
+        snapshot: snapshot.to_owned(),
+        stage: Stage::FileCopy.into(),
+        round: 1,
+        start_number: 0,
+    };
+    let advance = AdvanceStageRequest {
+        snapshot: snapshot.to_owned(),
+        stage: Stage::FileCopy.into(),
+        round: 1,
+    };
+    let renew = RenewLeaseRequest { snapshot: snapshot.to_owned(), ..Default::default() };
+    [
+        client.list_files(list).await.map_or_else(reason, |_| String::new()),
+        client.read_ranges(ranges(snapshot, vec![])).await.map_or_else(reason, |_| String::new()),
+        client.advance_stage(advance).await.map_or_else(reason, |_| String::new()),
+        client.renew_lease(renew).await.map_or_else(reason, |_| String::new()),
+    ]
+}
+
+/// Guards the places of recipients that share an account, or a donor without accounts: without `is_for`
+/// whoever sees a snapshot's name, which MONITOR shows, reads it, moves it on and ends it. The one that
+/// has opened it, those that log in by its key, and the one that opens it again do as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_log_in_of_the_same_account_has_no_part_in_a_snapshot() {
+    const UNKNOWN: [&str; 4] = ["UNKNOWN_SNAPSHOT"; 4];
+    let home = new_directory();
+    let path = home.path().join("accounts.toml");
+    let mut accounts = Accounts::open_or_create(&path).unwrap();
+    accounts.add("clone", "secret", &[Privilege::BackupAdmin]).unwrap();
+    accounts.save().unwrap();
+    let path = path.display().to_string();
+    // Who has logged in is bound, whether it asks for it or not.
+    for (options, bound) in [(&["--accounts", &path][..], false), (&[], true)] {
+        let donor = start(home.path(), options);
+        let connected = async || {
+            let connection = plain(&donor).await;
+            if !options.is_empty() {
+                let mut auth = AuthServiceClient::new(connection.channel.clone());
+                let (security, password) = (&connection.security, "secret".to_owned().into());
+                log_in_with_password(&mut auth, security, "clone", &password, None).await.unwrap();
+            }
+            Client::new(connection.channel)
+        };
+        let (mut opener, key) = (connected().await, CloneKey::generate().unwrap());
+        let open = OpenSnapshotRequest { bound, ..request(&key, "mine") };
+        let mine = opener.open_snapshot(open.clone()).await.unwrap().into_inner().snapshot;
+
+        let mut other = connected().await;
+        let seen = other.list_snapshots(ListSnapshotsRequest::default()).await.unwrap();
+        assert_eq!(seen.into_inner().snapshots[0].name, mine, "its name is no secret");
+        assert_eq!(told(&mut other, &mine).await, UNKNOWN, "{options:?}");
+        let close =
+            CloseSnapshotRequest { snapshot: mine.clone(), outcome: Outcome::Completed.into() };
+        other.close_snapshot(close.clone()).await.unwrap();
+        assert!(!list(&mut opener, &mine, 0).await.is_empty(), "it was not closed");
+
+        let connection = plain(&donor).await;
+        let mut auth = AuthServiceClient::new(connection.channel.clone());
+        log_in_with_key(&mut auth, &connection.security, &mine, &key).await.unwrap();
+        let mut keyed = Client::new(connection.channel);
+        assert!(!list(&mut keyed, &mine, 0).await.is_empty());
+
+        // The answer was lost with its connection: whoever has the id and the key has it again.
+        let mut again = connected().await;
+        let reopened = again.open_snapshot(open).await.unwrap().into_inner().snapshot;
+        assert_eq!(reopened, mine);
+        assert!(!list(&mut again, &mine, 0).await.is_empty());
+        assert_eq!(told(&mut opener, &mine).await, UNKNOWN, "{options:?}");
+        keyed.close_snapshot(close).await.unwrap();
+        assert_eq!(told(&mut again, &mine).await, UNKNOWN, "it was closed");
+        std::fs::remove_dir_all(home.path().join("data")).unwrap();
+    }
+}
+
+/// Without accounts a clone may do without the key, as those of older recipients do: then its
+/// snapshots are anybody's who can reach the donor.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_is_not_bound_is_there_for_all_of_an_account() {
+    let home = new_directory();
+    let donor = start(home.path(), &[]);
+    let (mut first, mut second) = (client(&donor).await, client(&donor).await);
+    let snapshot = open(&mut first, "").await.unwrap().snapshot;
+    assert!(!list(&mut second, &snapshot, 0).await.is_empty());
+}
+
 /// Guards what a log-in by key is good for: its own snapshot and nothing else. Without the check in
-/// `open_snapshot` the key opens another one; without `keyed` in `Leases::find` it reads another's.
+/// `open_snapshot` the key opens another one; without the name in `Held::is_for` it reads another's.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clones_key_opens_its_own_snapshot_and_no_more() {
     let home = new_directory();
@@ -305,7 +435,7 @@ async fn a_clones_key_opens_its_own_snapshot_and_no_more() {
     assert!(!list(&mut keyed, &mine, 0).await.is_empty());
     assert_eq!(open(&mut keyed, "3").await.unwrap_err().reason, "KEY_LOG_IN");
     let renew =
-        |snapshot: &str| RenewLeaseRequest { snapshot: snapshot.to_owned(), lease_duration: None };
+        |snapshot: &str| RenewLeaseRequest { snapshot: snapshot.to_owned(), ..Default::default() };
     let failure = keyed.renew_lease(renew(&another)).await.map_err(failed).unwrap_err();
     assert_eq!(failure.reason, "UNKNOWN_SNAPSHOT");
     // Another account does not see it either.

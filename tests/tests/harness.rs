@@ -52,7 +52,7 @@ fn clone_between(begun: SystemTime, ended: SystemTime) -> Clone {
 #[test]
 fn a_load_that_was_starved_for_a_while_did_not_keep_up() {
     let busy = Busy::start();
-    let load = Load::start(&busy.server, LoadOptions { rate_min: 50, ..options() });
+    let load = Load::start(&busy.server, LoadOptions { rate_min: 1, ..options() });
     load.wait_for_commits(200);
     let begun = SystemTime::now();
     wait_for("a while", || (begun.elapsed().ok()? > Duration::from_secs(2)).then_some(()));
@@ -60,12 +60,13 @@ fn a_load_that_was_starved_for_a_while_did_not_keep_up() {
     load.kept_up(&fed).expect("nothing held it up");
     let mut holder = busy.server.connect();
     holder.query_drop("LOCK TABLES bank.ledger WRITE").expect("a lock");
-    wait_for("a while", || (begun.elapsed().ok()? > Duration::from_secs(5)).then_some(()));
+    let locked = Instant::now();
+    wait_for("a while", || (locked.elapsed() > Duration::from_secs(3)).then_some(()));
     holder.query_drop("UNLOCK TABLES").expect("its own lock");
     load.wait_for_commits(50);
     let starved = clone_between(begun, SystemTime::now());
     let error = load.kept_up(&starved).expect_err("it was starved");
-    assert!(error.contains("FILE_COPY") && error.contains("50 commits/s"), "{error}");
+    assert!(error.contains("FILE_COPY") && error.contains("1 commits/s"), "{error}");
     drop(load.stop());
 }
 
@@ -81,10 +82,10 @@ fn a_lock_held_for_300_ms_is_seen_by_the_clients() {
     let begun = Instant::now();
     holder.query_drop("FLUSH TABLES WITH READ LOCK").expect("a lock");
     let locked = Instant::now();
-    holder.query_drop("DO SLEEP(0.3)").expect("a rest");
+    holder.query_drop("DO SLEEP(0.6)").expect("a rest");
     let rested = Instant::now();
     holder.query_drop("UNLOCK TABLES").expect("its own lock");
-    load.wait_for_commits(20);
+    load.wait_for_commits(100);
     let now = Instant::now();
     let (gap, silence) = (load.longest_gap(begun, now), load.longest_silence(begun, now));
     assert!(rested - locked >= HELD && silence >= HELD && gap >= silence, "{gap:?} {silence:?}");

@@ -29,7 +29,8 @@ fi
 if ! said=$(timeout "$SECONDS_MAX" cargo deny --locked fetch db 2>&1); then
   end 3 "not run: $DATABASE cannot be fetched: $(reason "$said")"
 fi
-if cargo deny --locked check advisories; then
+if cargo deny --locked check advisories &&
+  cargo deny --locked --manifest-path tests/fuzz/Cargo.toml --config deny.toml check advisories; then
   end 0 "clean, by the advisory database at ${head:0:12}"
 fi
 end 1 'FAILED: advisories concern dependencies, see above'

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Puts a database server of another Debian suite into a tree of its own, from where it runs by the
-# tree's own loader: nothing of this machine is changed, and no root is needed.
+# Puts a server of another Debian suite, or one that as a package would start a service, into a tree
+# of its own, from where it runs by the tree's own loader: nothing of this machine is changed, and no
+# root is needed.
 #
 #   server_tree.sh NAME SUITE PACKAGE...
+#   server_tree.sh --mirror          prints the mirror, and does nothing else
 #   server_tree.sh mariadb-trixie trixie mariadb-server-core mariadb-client-core
 #
 # The tree is .tools/servers/NAME; it is there and right when .tools/servers/NAME/.complete holds
@@ -18,13 +20,6 @@ die() {
   exit 1
 }
 
-if (($# < 3)); then die "usage: server_tree.sh NAME SUITE PACKAGE..."; fi
-name=$1 suite=$2
-shift 2
-tree=$PWD/.tools/servers/$name
-want="$suite $*"
-if [[ -f $tree/.complete && $(<"$tree/.complete") == "$want" ]]; then exit 0; fi
-
 # The first source of Debian's own archive, in either of apt's two formats.
 mirror() {
   {
@@ -36,6 +31,16 @@ mirror() {
 
 source=$(mirror) || true
 [[ -n $source ]] || die "this machine's apt has no source that ends in /debian"
+if [[ ${1:-} == --mirror ]]; then
+  printf '%s\n' "$source"
+  exit 0
+fi
+if (($# < 3)); then die "usage: server_tree.sh NAME SUITE PACKAGE..."; fi
+name=$1 suite=$2
+shift 2
+tree=$PWD/.tools/servers/$name
+want="$suite $*"
+if [[ -f $tree/.complete && $(<"$tree/.complete") == "$want" ]]; then exit 0; fi
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 [[ -f $keyring ]] || die "$keyring is missing: install debian-archive-keyring"
 

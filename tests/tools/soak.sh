@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 case ${SABOTAGE:-} in
-  '' | skip-pages | old-redo | late-coordinates | no-lock | page-after-point) ;;
+  '' | skip-pages | old-redo | late-coordinates | no-lock | page-after-point | closed-binlog) ;;
   *) echo "make soak: SABOTAGE=$SABOTAGE is none of those above" >&2; sed -n '4,5p' "$0" >&2; exit 2 ;;
 esac
 export MARCOT_FULL=${FULL:-0}

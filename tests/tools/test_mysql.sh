@@ -19,4 +19,5 @@ fi
 export PATH=$PWD/.tools/bin:$PATH
 cargo build --locked --workspace --bins
 if [[ -n ${FULL:-} ]]; then set -- --run-ignored all "$@"; fi
-cargo nextest run --locked --workspace --test mysql --no-fail-fast "$@"
+# Each story counts twice (.config/nextest.toml): one for each core.
+cargo nextest run --locked --workspace --test mysql --no-fail-fast --test-threads $((2 * $(nproc))) "$@"

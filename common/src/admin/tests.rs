@@ -27,7 +27,12 @@ async fn open() -> Port {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (readiness, stop) = (Readiness::new(), CancellationToken::new());
-    let router = router(Arc::new(Metrics::new("donor")), &readiness, &[SERVICE]);
+    let router = router(
+        Arc::new(Metrics::new("donor")),
+        &readiness,
+        &[SERVICE],
+        &RequestBodyLayer::new(&[]),
+    );
     let task = tokio::spawn(serve(listener, router, stop.clone()));
     Port { address, readiness, stop, task }
 }
@@ -35,8 +40,13 @@ async fn open() -> Port {
 impl Port {
     /// The whole answer to one request.
     async fn get(&self, path: &str) -> String {
+        self.get_with(path, "").await
+    }
+
+    async fn get_with(&self, path: &str, headers: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
@@ -98,11 +108,16 @@ async fn a_watch_tells_every_change() {
 }
 
 #[tokio::test]
-async fn metrics_are_open_metrics_text() {
+async fn metrics_are_open_metrics_text_for_who_asks_for_it() {
     let port = open().await;
-    let answer = port.get("/metrics").await;
+    let accept = "Accept: application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5\r\n";
+    let answer = port.get_with("/metrics", accept).await;
     assert!(answer.contains(&format!("content-type: {OPEN_METRICS}\r\n")), "{answer}");
     assert!(answer.contains("marcot_build_info{") && answer.ends_with("# EOF\n"), "{answer}");
+    let answer = port.get("/metrics").await;
+    assert!(answer.contains(&format!("content-type: {PLAIN_CONTENT_TYPE}\r\n")), "{answer}");
+    assert!(answer.contains("# TYPE marcot_build_info gauge\n"), "{answer}");
+    assert!(!answer.contains("# EOF"), "{answer}");
 }
 
 #[tokio::test]
@@ -120,7 +135,7 @@ async fn the_port_ends_although_a_watch_is_open() {
     let mut watch = health.watch(request("")).await.unwrap().into_inner();
     watch.message().await.unwrap().unwrap();
     port.stop.cancel();
-    let end = tokio::time::timeout(10 * LAST_CALLS_MAX, port.task).await;
+    let end = tokio::time::timeout(90 * LAST_CALLS_MAX, port.task).await;
     end.unwrap().unwrap().unwrap();
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
     time::Duration,
 };
 
@@ -41,6 +42,16 @@ pub enum UnitError {
     /// More than fits.
     #[error("`{0}` is too large")]
     TooLarge(String),
+    /// A duration that is not allowed here.
+    #[error("{found:?} is not {least:?} to {most:?}")]
+    NotWithin {
+        /// What stood there.
+        found: Duration,
+        /// The shortest.
+        least: Duration,
+        /// The longest.
+        most: Duration,
+    },
 }
 
 /// Reads a size in bytes: a whole number, alone or with B, KiB, MiB, GiB or TiB.
@@ -52,6 +63,19 @@ pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
 pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
     let bare = (text.trim() == "0").then_some(1);
     parse_scaled(text, &TIME_UNITS, bare).map(Duration::from_millis)
+}
+
+/// As `parse_duration`, within bounds.
+pub fn parse_duration_within(
+    text: &str,
+    allowed: RangeInclusive<Duration>,
+) -> Result<Duration, UnitError> {
+    let found = parse_duration(text)?;
+    if !allowed.contains(&found) {
+        let (least, most) = allowed.into_inner();
+        return Err(UnitError::NotWithin { found, least, most });
+    }
+    Ok(found)
 }
 
 /// Multiplies the number in `text` by its unit; `bare` is the scale of a number without one.
@@ -101,8 +125,8 @@ pub fn parse_listen_address(text: &str) -> Result<SocketAddr, ListenAddressError
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "--listen {listen} is not a loopback address and no accounts are configured: anyone who \
-     reaches the port could use it; pass --accounts FILE or --identities FILE, or listen on \
-     loopback, as --listen {}", loopback(.listen)
+     reaches the port could use it; pass --accounts FILE or --identities FILE (a donor also \
+     --database-accounts), or listen on loopback, as --listen {}", loopback(.listen)
 )]
 pub struct ExposedWithoutAuthentication {
     /// Where the service would listen.

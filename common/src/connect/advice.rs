@@ -35,7 +35,10 @@ pub(super) fn on_alert(alert: &str) -> &'static str {
         "CertificateRequired" => {
             "it wants a client certificate; give one with --ssl-cert and --ssl-key"
         }
-        "CertificateExpired" => "the client certificate (--ssl-cert) has expired: renew it",
+        "CertificateExpired" => {
+            "the client certificate (--ssl-cert) has expired, or is not valid yet: renew it, or \
+             compare the clocks of both hosts"
+        }
         "CertificateRevoked" => "the client certificate (--ssl-cert) was revoked: get another one",
         "UnknownCA" => {
             "the client certificate (--ssl-cert) is of another CA than those of its \

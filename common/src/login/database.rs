@@ -1,6 +1,8 @@
 //! Log-in to an account of the donor's database, which must be given the password itself.
 //!
 //! Invariants:
+//! * A password goes to no donor unless the client's operator allows that donors are given passwords:
+//!   which way to log in is the donor's choice, and one that was taken over would choose this one.
 //! * On a plaintext connection a password goes only to a key made for this log-in, signed by a
 //!   certificate that the client believes by CA and name or by fingerprint; else it does not go.
 //! * The key is forgotten with its log-in: what was recorded can be opened by nobody later, and is
@@ -142,7 +144,7 @@ pub(super) fn answer(
     password: &str,
     client_nonce: &[u8],
     security: &Security,
-    trust: Option<Trust<'_>>,
+    trust: Trust<'_>,
 ) -> Result<Request, Failure> {
     if password.len() > PASSWORD_BYTES_MAX {
         let text = format!("the password has {} bytes, 512 are allowed", password.len());
@@ -151,8 +153,9 @@ pub(super) fn answer(
     let form = if security.encrypted {
         Form::Password(password.to_owned())
     } else {
-        let trust = trust.filter(|trust| trust.tls.ca.is_some() || trust.tls.fingerprint.is_some());
-        let trust = trust.ok_or_else(not_known)?;
+        if trust.tls.ca.is_none() && trust.tls.fingerprint.is_none() {
+            return Err(not_known());
+        }
         if challenge.public_key.is_empty() {
             return Err(no_key());
         }
@@ -208,6 +211,18 @@ fn verify(
         certificate.verify_signature(*algorithm, &message, &challenge.signature).is_ok()
     });
     if is_right { Ok(()) } else { Err(untrusted("its signature is wrong".to_owned())) }
+}
+
+/// What the server asks for is not what the client's operator allows.
+pub(super) fn not_allowed() -> Failure {
+    Failure::precondition(
+        "DATABASE_ACCOUNTS_NOT_ALLOWED",
+        "the donor asks for the password itself, to log in to its database with it \
+         (--database-accounts), and was given nothing: start the recipient with \
+         --allow-database-accounts if donors may learn the passwords that clones use, else give the \
+         donor accounts of its own (--accounts)",
+    )
+    .mysql(2061)
 }
 
 fn not_known() -> Failure {

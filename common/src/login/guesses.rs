@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use std::{
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::failure::Failure;
+use crate::{failure::Failure, network::of_peer};
 
 /// Most log-ins of one peer at one time: a clone's streams log in together.
 const UNDER_WAY_MAX: u32 = 16;
@@ -52,7 +52,7 @@ pub(super) struct Attempt {
 impl Guesses {
     /// Begins a log-in.
     pub(super) fn begin(&self, peer: IpAddr) -> Result<Attempt, Failure> {
-        let peer = network_of(peer);
+        let peer = of_peer(peer);
         let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         forget(&mut peers);
         let now = Instant::now();
@@ -120,14 +120,6 @@ fn forget(peers: &mut HashMap<IpAddr, Peer>) {
         let least = idle.min_by(|(_, a), (_, b)| a.failures_at(now).total_cmp(&b.failures_at(now)));
         let Some(least) = least.map(|(peer, _)| *peer) else { return };
         peers.remove(&least);
-    }
-}
-
-/// Whoever has one IPv6 address has a /64 of them.
-fn network_of(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V4(ip) => IpAddr::V4(ip),
-        IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64)),
     }
 }
 

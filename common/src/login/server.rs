@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use zeroize::Zeroizing;
 
 use super::{
+    LOG_IN_MESSAGE_BYTES_MAX,
     database::{Challenge, DatabaseAccounts, PASSWORD_BYTES_MAX},
     guesses::{Attempt, Guesses},
     identifiers, key_message, password_context, signature_is_right,
@@ -33,7 +34,7 @@ const STEP_MAX: Duration = Duration::from_secs(10);
 
 /// Most log-ins at one time: each costs a core some 0.2 ms, and holds some KiB. One peer has no
 /// more than 16 of them (`guesses`).
-const LOG_INS_MAX: usize = 256;
+pub(crate) const LOG_INS_MAX: usize = 256;
 
 /// Most database log-ins at one time: each is a connection to the donor's server and a thread.
 const DATABASE_LOG_INS_MAX: usize = 16;
@@ -46,6 +47,11 @@ const FAILURE_DELAY: Duration = Duration::from_millis(250);
 
 /// Where the server finds the key that a snapshot is bound to.
 pub trait KeyDirectory: std::fmt::Debug + Send + Sync {
+    /// Whether there can be any.
+    fn has_keys(&self) -> bool {
+        true
+    }
+
     /// The snapshot's key, and who opened it.
     fn find(&self, snapshot: &str) -> Option<([u8; 32], Identity)>;
 }
@@ -55,6 +61,10 @@ pub trait KeyDirectory: std::fmt::Debug + Send + Sync {
 pub struct NoKeys;
 
 impl KeyDirectory for NoKeys {
+    fn has_keys(&self) -> bool {
+        false
+    }
+
     fn find(&self, _: &str) -> Option<([u8; 32], Identity)> {
         None
     }
@@ -109,7 +119,7 @@ impl Database {
 }
 
 impl LogInService {
-    /// Without an accounts file nobody has to log in, and nobody can.
+    /// Without an accounts file nobody logs in by password.
     #[must_use]
     pub fn new(accounts: Option<Arc<AccountsFile>>, keys: Arc<dyn KeyDirectory>) -> Self {
         let places = Arc::new(Semaphore::new(LOG_INS_MAX));
@@ -122,6 +132,10 @@ impl LogInService {
         Self { database, ..self }
     }
 
+    fn takes_passwords(&self) -> bool {
+        self.accounts.is_some() || self.database.is_some()
+    }
+
     async fn log_in(
         &self,
         connection: &Connection,
@@ -131,6 +145,9 @@ impl LogInService {
     ) -> Result<pb::LoggedIn, Failure> {
         let identity = match next(requests).await? {
             Request::PasswordStart(start) => {
+                if !self.takes_passwords() {
+                    return Err(no_accounts());
+                }
                 attempt.check_password_allowed()?;
                 let result = match &self.database {
                     Some(database) => {
@@ -167,9 +184,7 @@ impl LogInService {
         requests: &mut Streaming<pb::LogInRequest>,
         answers: &Answers,
     ) -> Result<Identity, Failure> {
-        let Some(accounts) = &self.accounts else {
-            return Err(no_accounts());
-        };
+        let accounts = self.accounts.as_ref().ok_or_else(no_accounts)?;
         let user = checked_user(start.user)?;
         let accounts = accounts.current().map_err(|e| {
             warn!(error = %e, "the accounts file cannot be read; nobody can log in");
@@ -289,7 +304,7 @@ impl AuthService for LogInService {
         &self,
         request: tonic::Request<Streaming<pb::LogInRequest>>,
     ) -> Result<tonic::Response<Self::LogInStream>, Status> {
-        if self.accounts.is_none() && self.database.is_none() {
+        if !self.takes_passwords() && !self.keys.has_keys() {
             return Err(no_accounts().into());
         }
         let connection = access::connection(request.extensions())
@@ -309,6 +324,10 @@ impl AuthService for LogInService {
                 Ok(logged_in) => {
                     info!(user = %logged_in.user, peer = %connection.peer, "logged in");
                     drop(answers.send(Response::LoggedIn(logged_in)).await);
+                }
+                // Every clone from a server without accounts hears this first.
+                Err(failure) if failure.reason == "NO_ACCOUNTS" => {
+                    drop(answers.0.send(Err(failure.to_status())).await);
                 }
                 Err(failure) => {
                     info!(peer = %connection.peer, reason = %failure.reason, "log-in refused");
@@ -335,7 +354,14 @@ async fn next(requests: &mut Streaming<pb::LogInRequest>) -> Result<Request, Fai
         let text = format!("log-in: no message for {} s", STEP_MAX.as_secs());
         Failure::new(Code::DeadlineExceeded, "LOG_IN_TIMEOUT", text)
     })?;
-    let message = message.map_err(|status| Failure::from_status(&status))?;
+    let message = message.map_err(|status| match status.code() {
+        // So our own side calls what is larger than it may be.
+        Code::OutOfRange => {
+            let text = format!("log-in: a message of more than {LOG_IN_MESSAGE_BYTES_MAX} bytes");
+            Failure::new(Code::ResourceExhausted, "REQUEST_TOO_LARGE", text)
+        }
+        _ => Failure::from_status(&status),
+    })?;
     message.and_then(|message| message.step).ok_or_else(unexpected)
 }
 

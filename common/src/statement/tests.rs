@@ -84,6 +84,7 @@ fn a_wrong_statement_is_told_where_and_what() {
         ("CLONE INSTANCE FROM 'u'@'h':99999 IDENTIFIED BY 'p'", 29, "port from 1 to 65535"),
         ("CLONE INSTANCE FROM 'u'@'h':0 IDENTIFIED BY 'p'", 29, "port from 1 to 65535"),
         ("CLONE INSTANCE FROM 'u'@'%':1 IDENTIFIED BY 'p'", 25, "one donor"),
+        ("CLONE INSTANCE FROM 'u'@'[[::1]]':1 IDENTIFIED BY 'p'", 25, "one donor"),
         ("CLONE INSTANCE FROM CURRENT_USER@h:1 IDENTIFIED BY 'p'", 21, "donor's user"),
         ("CLONE INSTANCE FROM 'u'@'h':1 IDENTIFIED BY secret", 45, "password in quotes"),
         ("CLONE LOCAL DATA DIRECTORY '/p", 28, "quote at the end"),

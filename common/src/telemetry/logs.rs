@@ -3,6 +3,7 @@
 use std::{
     fmt,
     io::{self, IsTerminal as _},
+    path::PathBuf,
 };
 
 use opentelemetry::{Context, trace::TraceContextExt as _, trace::TracerProvider as _};
@@ -10,12 +11,13 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tracing::{
-    Event, Level, Subscriber,
+    Event, Subscriber,
     field::{Field, Visit},
+    info, warn,
 };
 use tracing_subscriber::{
     EnvFilter, Layer,
-    filter::{ParseError, filter_fn},
+    filter::{FilterFn, LevelFilter, ParseError},
     fmt::{
         FmtContext, FormatEvent, FormatFields, FormattedFields, MakeWriter,
         format::{JsonFields, Writer},
@@ -23,7 +25,13 @@ use tracing_subscriber::{
     },
     layer::SubscriberExt as _,
     registry::LookupSpan,
+    reload,
     util::{SubscriberInitExt as _, TryInitError},
+};
+
+use super::{
+    filter_file::{FilterFile, FilterFileError},
+    traces::{FLUSH_MAX, Traces},
 };
 
 /// What is logged when nothing is said: changes of state, and all that is odd.
@@ -50,6 +58,11 @@ pub struct LogOptions {
     /// What is logged, as `info` or `warn,marcot_donor=debug`; else RUST_LOG's value, else `info`.
     #[arg(id = "log", long = "log", value_name = "FILTER", env = "MARCOT_LOG")]
     pub filter: Option<String>,
+
+    /// A filter in a file, in the place of --log: read again when it changes, without a restart. # begins
+    /// a remark; a file that has become wrong changes nothing.
+    #[arg(long = "log-filter-file", value_name = "FILE", env = "MARCOT_LOG_FILTER_FILE")]
+    pub filter_file: Option<PathBuf>,
 }
 
 /// Why telemetry does not start.
@@ -63,6 +76,9 @@ pub enum TelemetryError {
         /// What is wrong with it.
         source: ParseError,
     },
+    /// Its file is wrong.
+    #[error(transparent)]
+    FilterFile(#[from] FilterFileError),
     /// It has started already.
     #[error("start logging: {0}")]
     Started(#[from] TryInitError),
@@ -75,15 +91,16 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Ends tracing. An error is no reason for another exit code: it is logged.
+    /// Ends tracing, within a bound. An error is no reason for another exit code: it is logged.
     pub fn shutdown(self) {
-        if let Err(error) = self.provider.shutdown() {
-            tracing::warn!(%error, "tracing did not end in order");
+        if let Err(error) = self.provider.shutdown_with_timeout(FLUSH_MAX) {
+            warn!(%error, "the last spans are lost");
         }
     }
 }
 
-/// Starts logs and tracing for this process; `service` names the tracer. Once, before all else.
+/// Starts logs and tracing for this process; `service` names the tracer. Once, before all else, within
+/// a runtime.
 pub fn init(service: &'static str, options: &LogOptions) -> Result<Telemetry, TelemetryError> {
     let filter = match &options.filter {
         Some(filter) => filter.clone(),
@@ -92,29 +109,55 @@ pub fn init(service: &'static str, options: &LogOptions) -> Result<Telemetry, Te
             .filter(|filter| !filter.is_empty())
             .unwrap_or_else(|| DEFAULT_FILTER.to_owned()),
     };
-    let provider = SdkTracerProvider::builder().build();
-    subscriber(service, options.format, &filter, &provider, io::stderr)?.try_init()?;
-    Ok(Telemetry { provider })
+    let file = options.filter_file.as_deref();
+    let file = file.map(|path| FilterFile::open(path, filter.clone())).transpose()?;
+    let filter = file.as_ref().map_or(filter, FilterFile::current);
+    let traces = Traces::from_env(service);
+    let (subscriber, reload) = subscriber(service, options.format, &filter, &traces, io::stderr)?;
+    subscriber.try_init()?;
+    for warning in &traces.warnings {
+        warn!("{warning}");
+    }
+    if let Some(collector) = &traces.endpoint {
+        info!(%collector, "spans are exported");
+    }
+    if let Some(file) = file {
+        tokio::spawn(file.follow(reload));
+    }
+    Ok(Telemetry { provider: traces.provider })
 }
 
-/// The layers, writing to `writer`.
+/// Puts another filter in the place of the present one.
+pub(super) type Reload = Box<dyn Fn(EnvFilter) + Send + Sync>;
+
+/// The layers, writing to `writer`, and what changes the filter of the log.
 pub(super) fn subscriber<W>(
     service: &'static str,
     format: LogFormat,
     filter: &str,
-    provider: &SdkTracerProvider,
+    traces: &Traces,
     writer: W,
-) -> Result<impl Subscriber + Send + Sync + use<W>, TelemetryError>
+) -> Result<(impl Subscriber + Send + Sync + use<W>, Reload), TelemetryError>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let filter = EnvFilter::builder()
         .parse(filter)
         .map_err(|source| TelemetryError::Filter { filter: filter.to_owned(), source })?;
-    // A filter of its own: a quiet log must not take the spans away that carry the trace context.
-    let traces = tracing_opentelemetry::layer()
-        .with_tracer(provider.tracer(service))
-        .with_filter(filter_fn(|metadata| metadata.is_span() && *metadata.level() <= Level::INFO));
+    let (filter, handle) = reload::Layer::new(filter);
+    // A filter of its own: a quiet log must not take the spans away that carry the trace context. Ours
+    // only: an export's own calls must not make more spans.
+    let level = traces.level;
+    let ours = FilterFn::new(move |metadata| {
+        metadata.is_span() && *metadata.level() <= level && metadata.target().starts_with("marcot")
+    });
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(traces.provider.tracer(service))
+        .with_location(false)
+        .with_target(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false)
+        .with_filter(ours.with_max_level_hint(LevelFilter::from_level(level)));
     let logs = match format {
         LogFormat::Text => tracing_subscriber::fmt::layer()
             .with_ansi(io::stderr().is_terminal())
@@ -127,7 +170,12 @@ where
             .boxed(),
     };
     // The traces come first, so that the context of a span is there when a line is written.
-    Ok(tracing_subscriber::registry().with(traces).with(logs.with_filter(filter)))
+    let subscriber = tracing_subscriber::registry().with(spans).with(logs.with_filter(filter));
+    let reload: Reload = Box::new(move |filter| {
+        // It fails only when the subscriber has gone, with the process.
+        drop(handle.reload(filter));
+    });
+    Ok((subscriber, reload))
 }
 
 /// One line; the order of the fields is the order in the line.
@@ -246,9 +294,10 @@ impl Visit for Fields {
 pub(super) mod tests {
     use std::sync::{Arc, Mutex};
 
-    use tracing::{info, info_span, warn};
+    use tracing::{Span, debug, debug_span, info_span};
 
     use super::*;
+    use crate::telemetry::traces::LEVEL_OFF;
 
     /// Lines that were written.
     #[derive(Clone, Default)]
@@ -275,16 +324,25 @@ pub(super) mod tests {
         }
     }
 
-    /// A subscriber that logs from WARN on, and its lines.
+    /// Spans that nobody is told of.
+    fn untold() -> Traces {
+        Traces {
+            provider: SdkTracerProvider::builder().build(),
+            level: LEVEL_OFF,
+            endpoint: None,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// A subscriber that logs by a filter, and its lines.
     pub(in crate::telemetry) fn quiet(
         format: LogFormat,
         filter: &str,
     ) -> (impl Subscriber + Send + Sync + use<>, Lines) {
         let lines = Lines::default();
-        let provider = SdkTracerProvider::builder().build();
         let writer = lines.clone();
-        let made = subscriber("test", format, filter, &provider, move || writer.clone());
-        (made.unwrap(), lines)
+        let made = subscriber("test", format, filter, &untold(), move || writer.clone());
+        (made.unwrap().0, lines)
     }
 
     #[test]
@@ -341,9 +399,36 @@ pub(super) mod tests {
 
     #[test]
     fn a_wrong_filter_is_named() {
-        let provider = SdkTracerProvider::builder().build();
-        let made = subscriber("test", LogFormat::Text, "marcot=loud", &provider, io::sink);
+        let made = subscriber("test", LogFormat::Text, "marcot=loud", &untold(), io::sink);
         let error = made.err().unwrap().to_string();
         assert!(error.contains("`marcot=loud`") && error.contains("MARCOT_LOG"), "{error}");
+    }
+
+    #[test]
+    fn another_filter_takes_the_place_of_the_present_one() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let made = subscriber("test", LogFormat::Json, "warn", &untold(), move || writer.clone());
+        let (subscriber, reload) = made.unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            let say = || debug!("said");
+            say();
+            reload(EnvFilter::new("debug"));
+            say();
+            reload(EnvFilter::new("warn"));
+            say();
+        });
+        assert_eq!(lines.json().len(), 1, "{}", lines.text());
+    }
+
+    /// Guards the cost of spans that nobody is told of: those of stages and batches are not made.
+    #[test]
+    fn without_a_collector_there_are_no_spans_of_stages_and_batches() {
+        let (subscriber, _) = quiet(LogFormat::Json, "info");
+        tracing::subscriber::with_default(subscriber, || {
+            assert!(debug_span!("batch").is_disabled());
+            assert!(!info_span!("clone").is_disabled());
+            assert!(Span::current().is_none());
+        });
     }
 }

@@ -9,20 +9,28 @@ use std::{
     time::SystemTime,
 };
 
-use prometheus_client::registry::Unit;
 use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
 
-use super::{certificates::CertificateCollector, process::ProcessCollector, rpc::RpcDurations};
+use super::{
+    certificates::{CertificateCollector, Kind},
+    connections::OpenConnections,
+    process::ProcessCollector,
+    rpc::RpcCalls,
+};
 use crate::config::COMMIT;
 
 /// What [`Metrics::encode`] is, for HTTP.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// What [`Metrics::encode_plain`] is, for HTTP.
+pub const PLAIN_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 /// All metrics of this process.
 pub struct Metrics {
     registry: Mutex<Registry>,
-    rpc: RpcDurations,
+    rpc: RpcCalls,
     certificates: CertificateCollector,
+    connections: OpenConnections,
 }
 
 impl Metrics {
@@ -37,16 +45,13 @@ impl Metrics {
         ]);
         registry.register("marcot_build", "What this process was built from", build);
         registry.register_collector(Box::new(ProcessCollector));
-        let rpc = RpcDurations::default();
-        registry.register_with_unit(
-            "rpc_server_call_duration",
-            "Time from a call's arrival to the end of its answer, for streams to the last message",
-            Unit::Seconds,
-            rpc.family(),
-        );
+        let rpc = RpcCalls::default();
+        registry.register_collector(Box::new(rpc.clone()));
         let certificates = CertificateCollector::default();
         registry.register_collector(Box::new(certificates.clone()));
-        Self { registry: Mutex::new(registry), rpc, certificates }
+        let connections = OpenConnections::default();
+        registry.register_collector(Box::new(connections.clone()));
+        Self { registry: Mutex::new(registry), rpc, certificates, connections }
     }
 
     /// Tells when a certificate ends, which is asked for at each scrape; `file` is the option that
@@ -56,7 +61,16 @@ impl Metrics {
         file: &'static str,
         expiry: impl Fn() -> Option<SystemTime> + Send + Sync + 'static,
     ) {
-        self.certificates.add(file, expiry);
+        self.certificates.add(Kind::Certificate, file, expiry);
+    }
+
+    /// The same of revocation lists, which run out when their CA should have issued the next ones.
+    pub fn add_revocation_list(
+        &self,
+        file: &'static str,
+        next_update: impl Fn() -> Option<SystemTime> + Send + Sync + 'static,
+    ) {
+        self.certificates.add(Kind::RevocationList, file, next_update);
     }
 
     /// Adds metrics: full names, with the prefix `marcot_`; the help without a full stop.
@@ -71,9 +85,20 @@ impl Metrics {
         Ok(text)
     }
 
+    /// The same in the older format of Prometheus, for whoever does not ask for OpenMetrics.
+    pub fn encode_plain(&self) -> Result<String, fmt::Error> {
+        Ok(plain(&self.encode()?))
+    }
+
     /// Where servers count their calls.
-    pub(super) fn rpc(&self) -> &RpcDurations {
+    pub(super) fn rpc(&self) -> &RpcCalls {
         &self.rpc
+    }
+
+    /// Where listeners count their connections.
+    #[must_use]
+    pub fn connections(&self) -> OpenConnections {
+        self.connections.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Registry> {
@@ -88,11 +113,41 @@ impl fmt::Debug for Metrics {
     }
 }
 
+/// OpenMetrics as Prometheus's text format 0.0.4 has it: families have the names of their samples,
+/// there are no units, an info is a gauge.
+fn plain(text: &str) -> String {
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    let types: std::collections::HashMap<&str, &str> = types.collect();
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines() {
+        let mut words = line.splitn(4, ' ');
+        let head = (words.next(), words.next(), words.next(), words.next());
+        let (what, name, rest) = match head {
+            (Some("#"), Some("UNIT" | "EOF"), ..) => continue,
+            (Some("#"), Some(what), Some(name), rest) => (what, name, rest.unwrap_or_default()),
+            _ => {
+                out.push_str(line);
+                out.push('\n');
+                continue;
+            }
+        };
+        let (ending, kind) = match types.get(name) {
+            Some(&"counter") => ("_total", "counter"),
+            Some(&"info") => ("_info", "gauge"),
+            Some(kind) => ("", *kind),
+            None => ("", "untyped"),
+        };
+        let rest = if what == "TYPE" { kind } else { rest };
+        out.push_str(&format!("# {what} {name}{ending} {rest}\n"));
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use prometheus_client::metrics::counter::Counter;
+    use prometheus_client::{metrics::counter::Counter, registry::Unit};
 
     use super::*;
 
@@ -100,7 +155,13 @@ mod tests {
     const UNITS: [&str; 3] = ["_seconds", "_bytes", "_ratio"];
 
     /// Names that are counts of things, and so have no unit.
-    const COUNTS: [&str; 3] = ["process_open_fds", "process_max_fds", "marcot_build"];
+    const COUNTS: [&str; 5] = [
+        "process_open_fds",
+        "process_max_fds",
+        "marcot_build",
+        "marcot_connections_active",
+        "marcot_calls_failed",
+    ];
 
     #[test]
     fn every_metric_has_one_help_a_type_a_unit_and_known_samples() {
@@ -158,6 +219,17 @@ mod tests {
             .max_by_key(|(family, _)| family.len())
             .map(|(family, kind)| (family.as_str(), kind.as_str()))
             .unwrap_or_else(|| panic!("{name} belongs to no family"))
+    }
+
+    #[test]
+    fn the_older_format_has_families_by_the_names_of_their_samples() {
+        let text = "# HELP a_bytes A.\n# TYPE a_bytes counter\n# UNIT a_bytes bytes\n\
+                    a_bytes_total{x=\"# TYPE\"} 1\n# HELP b B c.\n# TYPE b info\nb_info{v=\"1\"} 1\n\
+                    # HELP c C.\n# TYPE c histogram\nc_sum 2.0\n# EOF\n";
+        let expected = "# HELP a_bytes_total A.\n# TYPE a_bytes_total counter\n\
+                        a_bytes_total{x=\"# TYPE\"} 1\n# HELP b_info B c.\n# TYPE b_info gauge\n\
+                        b_info{v=\"1\"} 1\n# HELP c C.\n# TYPE c histogram\nc_sum 2.0\n";
+        assert_eq!(plain(text), expected);
     }
 
     #[test]

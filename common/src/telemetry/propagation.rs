@@ -30,6 +30,11 @@ pub fn inject(context: &Context, metadata: &mut MetadataMap) {
     TraceContextPropagator::new().inject_context(context, &mut headers);
 }
 
+/// Passes the trace of the calling code on.
+pub fn inject_current(metadata: &mut MetadataMap) {
+    inject(&Span::current().context(), metadata);
+}
+
 /// The id of the context's trace, 32 hexadecimal digits; `None` outside of traces.
 #[must_use]
 pub fn trace_id_of(context: &Context) -> Option<String> {
@@ -58,7 +63,7 @@ pub struct TraceInterceptor;
 
 impl Interceptor for TraceInterceptor {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        inject(&Span::current().context(), request.metadata_mut());
+        inject_current(request.metadata_mut());
         Ok(request)
     }
 }

@@ -3,10 +3,13 @@
 //! Invariants:
 //! * A call is counted once, when its answer has ended: at its status, or when it is given up.
 //! * A call is counted before its last frame leaves, so whoever has the answer finds the count.
-//! * Labels come from the services' descriptors; whatever else is called is [`UNKNOWN_METHOD`].
+//! * Labels come from the services' descriptors and the list of reasons; whatever else is called is
+//!   [`UNKNOWN_METHOD`].
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
+    fmt,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -16,16 +19,22 @@ use std::{
 use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use prometheus_client::{
-    encoding::EncodeLabelSet,
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet},
     metrics::{family::Family, histogram::Histogram},
 };
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
-use tonic::Code;
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::{Instrument as _, Span, field::Empty, info_span};
 
-use super::{metrics::Metrics, propagation::adopt};
+use super::{
+    families::{Counters, Families},
+    metrics::Metrics,
+    propagation::adopt,
+};
+use crate::failure::{Failure, reasons::OTHER};
 
 /// The label of all methods that the server does not offer.
 pub const UNKNOWN_METHOD: &str = "unknown";
@@ -45,26 +54,40 @@ struct Labels {
 
 type DurationFamily = Family<Labels, Histogram, fn() -> Histogram>;
 
-/// The histogram of all servers of this process.
+/// The calls of all servers of this process.
 #[derive(Debug, Clone)]
-pub(super) struct RpcDurations(DurationFamily);
+pub(super) struct RpcCalls {
+    durations: DurationFamily,
+    failed: Counters,
+}
 
-impl Default for RpcDurations {
+impl Default for RpcCalls {
     fn default() -> Self {
-        Self(Family::new_with_constructor(|| Histogram::new(BUCKETS_SECONDS)))
+        let durations = DurationFamily::new_with_constructor(|| Histogram::new(BUCKETS_SECONDS));
+        Self { durations, failed: Counters::default() }
     }
 }
 
-impl RpcDurations {
-    pub(super) fn family(&self) -> impl prometheus_client::registry::Metric + use<> {
-        self.0.clone()
+impl Collector for RpcCalls {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let mut families = Families::new(encoder);
+        families.metric(
+            "rpc_server_call_duration_seconds",
+            "Time from a call's arrival to the end of its answer, for streams to the last message.",
+            &self.durations,
+        )?;
+        families.metric(
+            "marcot_calls_failed_total",
+            "Calls that ended in an error, refused ones among them, by reason.",
+            &self.failed,
+        )
     }
 }
 
 /// Opens a span for every call, child of the caller's, and counts the call when it has ended.
 #[derive(Debug, Clone)]
 pub struct RpcLayer {
-    durations: RpcDurations,
+    calls: RpcCalls,
     methods: Arc<HashMap<String, Arc<str>>>,
     unknown: Arc<str>,
 }
@@ -103,7 +126,7 @@ impl RpcLayer {
             }
         }
         Self {
-            durations: metrics.rpc().clone(),
+            calls: metrics.rpc().clone(),
             methods: Arc::new(methods),
             unknown: Arc::from(UNKNOWN_METHOD),
         }
@@ -150,10 +173,11 @@ where
             rpc.system.name = "grpc",
             rpc.method = %method,
             rpc.response.status_code = Empty,
+            error.type = Empty,
         );
         adopt(&span, request.headers());
         let mut call = Call {
-            durations: layer.durations.clone(),
+            calls: layer.calls.clone(),
             method: Arc::clone(method),
             started: Instant::now(),
             span: span.clone(),
@@ -184,7 +208,7 @@ enum State {
 /// One call, counted at its end; a call that is dropped before was given up by its caller.
 #[derive(Debug)]
 struct Call {
-    durations: RpcDurations,
+    calls: RpcCalls,
     method: Arc<str>,
     started: Instant,
     span: Span,
@@ -195,11 +219,27 @@ impl Call {
     /// An answer without messages has its status in the head.
     fn see_head<R>(&mut self, response: &Response<R>) {
         if let Some(code) = status_of(response.headers()) {
+            self.note_failure(code, response.headers());
             self.finish(code);
         } else if !response.status().is_success() {
             // No gRPC answer at all; what a client makes of it is its own affair.
             self.finish(Code::Unknown);
         }
+    }
+
+    /// Counts an error by its reason, which stands beside the status.
+    fn note_failure(&mut self, code: Code, headers: &HeaderMap) {
+        if code == Code::Ok || self.state == State::Counted {
+            return;
+        }
+        let failure = Status::from_header_map(headers).map(|status| Failure::from_status(&status));
+        let reason = match failure {
+            // Made up for a status that says none, of a service that is not ours.
+            Some(Failure { reason: Cow::Borrowed(_), .. }) | None => OTHER,
+            Some(failure) => failure.label(),
+        };
+        self.calls.failed.get_or_create(&[("reason", reason)]).inc();
+        self.span.record("error.type", reason);
     }
 
     fn finish(&mut self, code: Code) {
@@ -218,7 +258,7 @@ impl Call {
             rpc_response_status_code: name,
         };
         let seconds = self.started.elapsed().as_secs_f64();
-        self.durations.0.get_or_create(&labels).observe(seconds);
+        self.calls.durations.get_or_create(&labels).observe(seconds);
     }
 }
 
@@ -250,7 +290,10 @@ impl<R: Body + Unpin> Body for RpcBody<R> {
         };
         match &frame {
             Some(Ok(frame)) => {
-                if let Some(code) = frame.trailers_ref().and_then(status_of) {
+                if let Some(trailers) = frame.trailers_ref()
+                    && let Some(code) = status_of(trailers)
+                {
+                    this.call.note_failure(code, trailers);
                     this.call.finish(code);
                 }
             }

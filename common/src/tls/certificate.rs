@@ -1,11 +1,11 @@
-//! What a certificate says: its names, and when it ends.
+//! What a certificate says: its names, and when it ends; and until when a revocation list holds.
 
 use std::time::{Duration, SystemTime};
 
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use x509_parser::{
     extensions::GeneralName,
-    prelude::{FromDer as _, X509Certificate},
+    prelude::{ASN1Time, CertificateRevocationList, FromDer as _, X509Certificate},
 };
 
 /// URIs, then DNS names, as they stand in the certificate; none of one that cannot be read.
@@ -27,6 +27,16 @@ pub(crate) fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
 /// When a certificate ends.
 pub(crate) fn expiry(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
-    let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+    system_time(certificate.validity().not_after)
+}
+
+/// By when a list must have been followed by the next one.
+pub(crate) fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
+    let (_, list) = CertificateRevocationList::from_der(list).ok()?;
+    system_time(list.next_update()?)
+}
+
+fn system_time(time: ASN1Time) -> Option<SystemTime> {
+    let seconds = u64::try_from(time.timestamp()).ok()?;
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }

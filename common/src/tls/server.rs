@@ -11,8 +11,8 @@ use rustls::{
 use tracing::{info, warn};
 
 use super::{
-    Fingerprint, TlsError, Versions, certificate, provider, read_certificates, read_error,
-    read_key, read_revocations,
+    Fingerprint, TlsError, Versions, certificate, next_update_of, provider, read_certificates,
+    read_error, read_key, read_revocations,
 };
 use crate::reloaded::{Changed, Reloaded};
 
@@ -40,6 +40,8 @@ pub struct ServerTls {
     pub fingerprint: Fingerprint,
     /// The certificate chain and its key.
     pub certified: Arc<CertifiedKey>,
+    /// When the first list of revoked client certificates runs out.
+    pub crl_next_update: Option<SystemTime>,
 }
 
 impl ServerTlsFiles {
@@ -64,7 +66,8 @@ impl ServerTlsFiles {
         let mut config = builder.with_cert_resolver(Arc::new(resolver));
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.require_ems = true;
-        Ok(ServerTls { config: Arc::new(config), fingerprint, certified })
+        let crl_next_update = self.client_crl.as_deref().and_then(next_update_of);
+        Ok(ServerTls { config: Arc::new(config), fingerprint, certified, crl_next_update })
     }
 
     fn certified(&self) -> Result<CertifiedKey, TlsError> {

@@ -247,7 +247,7 @@ impl Pki {
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(shown));
         config.alpn_protocols = vec![b"h2".to_vec()];
-        ServerTls { config: Arc::new(config), fingerprint, certified }
+        ServerTls { config: Arc::new(config), fingerprint, certified, crl_next_update: None }
     }
 
     /// A server as other people configure theirs: one version, any protocols inside.
@@ -273,7 +273,7 @@ impl Pki {
             .unwrap();
         config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
         let certified = Arc::new(certified.unwrap());
-        ServerTls { config: Arc::new(config), fingerprint, certified }
+        ServerTls { config: Arc::new(config), fingerprint, certified, crl_next_update: None }
     }
 
     pub fn client(&self) -> (PathBuf, PathBuf) {
@@ -285,10 +285,25 @@ impl Pki {
         self.sign(&["client"], year)
     }
 
+    /// A client that begins in 2048.
+    pub fn client_to_come(&self) -> (PathBuf, PathBuf) {
+        self.sign_from(&["client"], 2048, 2049)
+    }
+
+    /// Chain and key of a server that begins in 2048.
+    pub fn files_to_come(&self, names: &[&str]) -> ServerTlsFiles {
+        let (certificate, key) = self.sign_from(names, 2048, 2049);
+        ServerTlsFiles::new(certificate, key)
+    }
+
     fn sign(&self, names: &[&str], year: i32) -> (PathBuf, PathBuf) {
+        self.sign_from(names, 2001, year)
+    }
+
+    fn sign_from(&self, names: &[&str], from: i32, year: i32) -> (PathBuf, PathBuf) {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut params = CertificateParams::new(names).unwrap();
-        params.not_before = date_time_ymd(2001, 1, 1);
+        params.not_before = date_time_ymd(from, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();

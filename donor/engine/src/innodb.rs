@@ -22,14 +22,18 @@ pub mod replica;
 
 mod backup_lock;
 mod classify;
+mod commit_probe;
 mod deletions;
 mod early;
 mod flavor;
 mod follower;
+mod known;
 mod late;
 mod point;
+mod read_gate;
 mod redo_file;
 mod redo_log;
+mod redo_spool;
 mod sabotage;
 mod server;
 mod snapshot;
@@ -40,17 +44,21 @@ mod tablespace;
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use marcot_common::failure::Failure;
 
-pub use self::server::DatabaseConfig;
+pub use self::{backup_lock::DDL_TIMEOUT_DEFAULT, server::DatabaseConfig};
 use self::{
+    commit_probe::LogFlush,
     follower::Follower,
     server::{Facts, Server},
     snapshot::InnodbSnapshot,
 };
-use crate::{Engine, EngineConfig, Snapshot, SnapshotOptions, files, server_facts::ServerFacts};
+use crate::{
+    CommitProbe, Engine, EngineConfig, Snapshot, SnapshotOptions, files, server_facts::ServerFacts,
+};
 
 /// Makes snapshots of a live server.
 #[derive(Debug)]
@@ -65,6 +73,7 @@ pub(super) struct EngineShared {
     data_directory: PathBuf,
     spool_directory: PathBuf,
     quota: u64,
+    checkpoint_timeout: Duration,
     follower: Follower,
     /// MariaDB has one BACKUP STAGE per server: cuts come one after another.
     cuts: Mutex<()>,
@@ -75,7 +84,7 @@ impl InnodbEngine {
     pub(crate) fn open(config: &EngineConfig) -> Result<Self, Failure> {
         let data_directory = files::resolve("open data directory", &config.data_directory)?;
         let spool_directory = files::resolve("open spool directory", &config.spool_directory)?;
-        let server = Server::new(&config.database)?;
+        let server = Server::new(&config.database)?.observed_by(config.observer.clone());
         let follower =
             Follower::new(server.clone(), &data_directory, &spool_directory, config.spool_quota);
         let shared = EngineShared {
@@ -83,6 +92,7 @@ impl InnodbEngine {
             data_directory,
             spool_directory,
             quota: config.spool_quota,
+            checkpoint_timeout: config.checkpoint_timeout,
             follower,
             cuts: Mutex::new(()),
         };
@@ -105,6 +115,10 @@ impl Engine for InnodbEngine {
         let mut session = self.shared.server.connect()?;
         let facts = Facts::read(&mut session)?;
         facts::complete(&mut session, facts)
+    }
+
+    fn commit_probe(&self) -> Option<Result<Box<dyn CommitProbe>, Failure>> {
+        Some(LogFlush::connect(&self.shared.server).map(|probe| Box::new(probe) as _))
     }
 
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure> {

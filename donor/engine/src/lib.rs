@@ -10,10 +10,12 @@
 mod files;
 #[doc(hidden)]
 pub mod innodb;
+mod observer;
 mod options;
 pub mod server_facts;
 
 pub use innodb::DatabaseConfig;
+pub use observer::{Blocked, Observer};
 pub use options::EngineOptions;
 
 use std::{
@@ -51,8 +53,19 @@ pub trait Engine: fmt::Debug + Send + Sync {
         Ok(ServerFacts::default())
     }
 
+    /// A probe of how long the server's commits take; `None`: there is no server.
+    fn commit_probe(&self) -> Option<Result<Box<dyn CommitProbe>, Failure>> {
+        None
+    }
+
     /// Takes a snapshot: from here until the snapshot is dropped, what it lists can be read.
     fn open(&self, options: &SnapshotOptions) -> Result<Box<dyn Snapshot>, Failure>;
+}
+
+/// Tells how long commits take on a server.
+pub trait CommitProbe: Send {
+    /// Waits for as long as a commit of this moment would.
+    fn measure(&mut self) -> Result<Duration, Failure>;
 }
 
 /// What the caller asks of a snapshot.
@@ -62,6 +75,9 @@ pub struct SnapshotOptions {
     pub block_ddl: bool,
     /// Longest wait for the backup lock.
     pub ddl_timeout: Option<Duration>,
+    /// Base name, without a directory, of the binary log that the clone's server has, where that is
+    /// known.
+    pub binlog_base: Option<String>,
     /// Whether anyone still waits for the snapshot to be opened.
     pub waiting: Waiting,
 }
@@ -110,6 +126,11 @@ pub trait Snapshot: fmt::Debug + Send + Sync {
 
     /// Entries left out, by reason.
     fn left_out(&self) -> BTreeMap<String, u64>;
+
+    /// Whether DDL waits on the server until its point is fixed, or it ends.
+    fn blocks_ddl(&self) -> bool {
+        false
+    }
 
     /// Storage engines that tables are in, ascending; none where that is not known.
     fn storage_engines(&self) -> Vec<String> {
@@ -209,10 +230,15 @@ pub struct EngineConfig {
     pub data_directory: PathBuf,
     /// Where lists and other temporary files go; they have no names and vanish with the process.
     pub spool_directory: PathBuf,
-    /// Most bytes of redo that are kept for one clone, and most that are read under a lock.
+    /// Most bytes of redo that are kept for all clones together, and most that one has read under a
+    /// lock.
     pub spool_quota: u64,
+    /// Longest wait for the server's next checkpoint, where one is needed.
+    pub checkpoint_timeout: Duration,
     /// The database server, for engines that talk to one.
     pub database: DatabaseConfig,
+    /// Who is told what the server has felt.
+    pub observer: Observer,
 }
 
 /// Names of all engines, as `--engine` takes them.

@@ -15,6 +15,8 @@ pub struct ServerFacts {
     pub encryption: Option<Encryption>,
     /// Names of the files of its undo tablespaces, as it names them.
     pub undo_files: Option<Vec<String>>,
+    /// Of a MySQL: whether a component that keeps keys is active, which no list of plugins has.
+    pub keyring_component: Option<bool>,
 }
 
 /// An active plugin.
@@ -28,6 +30,9 @@ pub struct Plugin {
     pub library: String,
 }
 
+/// MariaDB's: whether tables of Aria are encrypted, the server's own among them.
+const ARIA_ENCRYPTS: &str = "aria_encrypt_tables";
+
 /// Encryption at rest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Encryption {
@@ -39,15 +44,33 @@ pub struct Encryption {
     pub redo_log: bool,
 }
 
-impl Encryption {
-    /// Whether a server needs keys to read the data.
-    #[must_use]
-    pub fn needs_keys(&self) -> bool {
-        self.tablespaces > 0 || self.redo_log
-    }
-}
-
 impl ServerFacts {
+    /// What is encrypted at rest among what a copy holds, and so needs keys: nothing, if that is so;
+    /// `None` when the server does not tell all of it.
+    #[must_use]
+    pub fn encrypted(&self) -> Option<Vec<String>> {
+        let Encryption { tablespaces, key_ids, redo_log } = self.encryption.as_ref()?;
+        let ids = key_ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let aria = self.variable(ARIA_ENCRYPTS);
+        let parts = [
+            (*tablespaces > 0).then(|| match ids.as_str() {
+                "" => format!("{tablespaces} tablespaces"),
+                ids => format!("{tablespaces} tablespaces (keys {ids})"),
+            }),
+            redo_log.then(|| "the redo log".to_owned()),
+            aria.eq_ignore_ascii_case("ON").then(|| format!("Aria tables ({ARIA_ENCRYPTS})")),
+        ];
+        let parts: Vec<String> = parts.into_iter().flatten().collect();
+        let is_told = !self.variable("version").contains("MariaDB") || !aria.is_empty();
+        (is_told || !parts.is_empty()).then_some(parts)
+    }
+
+    /// Whether the binary log is encrypted, which a copy of a MariaDB does not hold.
+    #[must_use]
+    pub fn encrypts_binlog(&self) -> bool {
+        self.variable("encrypt_binlog").eq_ignore_ascii_case("ON")
+    }
+
     /// A variable; empty when the server has none of that name.
     #[must_use]
     pub fn variable(&self, name: &str) -> &str {

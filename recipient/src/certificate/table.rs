@@ -1,4 +1,5 @@
-//! The newest digest of every block of a tree, on disk: memory is 16 bytes for each file.
+//! The newest digest of every block of a tree, on disk: memory is 24 bytes for each file, and while they
+//! are counted up to three times as much, for the vector that holds them doubles as it grows.
 
 use std::{
     fs::File,

@@ -52,6 +52,12 @@ pub(super) struct Arguments {
     /// Its private key.
     #[arg(long, global = true, value_name = "FILE", requires = "cert")]
     pub(super) key: Option<PathBuf>,
+    /// Trace that the calls belong to, a W3C traceparent; nonsense is none.
+    #[arg(long, global = true, value_name = "CONTEXT", env = "TRACEPARENT")]
+    pub(super) traceparent: Option<String>,
+    /// What tracing systems add to it.
+    #[arg(long, global = true, value_name = "STATE", env = "TRACESTATE")]
+    pub(super) tracestate: Option<String>,
     /// How results are printed.
     #[arg(long, global = true, value_enum, default_value = "text")]
     pub(super) output: Format,
@@ -94,9 +100,17 @@ impl FromStr for CompressionOption {
     }
 }
 
-/// Most bytes per second.
+/// What a clone may take.
 #[derive(Debug, Clone, Copy, Default, Args)]
-pub(super) struct Bandwidth {
+pub(super) struct LimitOptions {
+    /// Most streams, 1 to 128 [default: the recipient's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub(super) concurrency: Option<u32>,
+    /// Find the number of streams while the clone runs, up to --concurrency (clone_autotune_concurrency)
+    /// [default: as the recipient is configured].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true)]
+    pub(super) autotune_concurrency: Option<bool>,
     /// Most data per second, as 50MiB, from 64KiB; 0: no limit (clone_max_data_bandwidth).
     #[arg(long, value_name = "BYTES", value_parser = parse_bandwidth)]
     pub(super) max_data_bandwidth: Option<u64>,
@@ -156,12 +170,9 @@ pub(super) enum Command {
         /// Name or id; - is the newest.
         #[arg(default_value = "-")]
         name: String,
-        /// Streams, 1 to 128.
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
-        concurrency: Option<u32>,
-        /// Bytes per second.
+        /// The limits.
         #[command(flatten)]
-        bandwidth: Bandwidth,
+        limits: LimitOptions,
     },
     /// Go on with a clone that is paused, waits for a password, or failed since its donor was away.
     Resume {
@@ -215,10 +226,21 @@ pub(super) enum Command {
         #[arg(long, conflicts_with = "remove")]
         all: bool,
     },
+    /// See what a donor does.
+    Donor {
+        #[command(subcommand)]
+        what: DonorCommand,
+    },
     /// Manage an accounts file.
     Account {
         #[command(subcommand)]
         what: AccountCommand,
+    },
+    /// Copy marcot-recipient and marcot to a directory: for an init container, so that they are found in
+    /// a database's own image, where a recipient supervises the server.
+    CopyPrograms {
+        /// Where they go.
+        directory: PathBuf,
     },
     /// Print completions for a shell.
     #[command(hide = true)]
@@ -239,7 +261,8 @@ pub(super) enum Command {
 pub(super) enum StartCommand {
     /// Run a CLONE statement, as in MySQL.
     Sql {
-        /// The statement; - reads it from standard input, out of the shell's history.
+        /// The statement; - reads it from standard input: a password in it is in no list of processes
+        /// then, and in no shell's history.
         statement: String,
         #[command(flatten)]
         start: StartOptions,
@@ -258,6 +281,18 @@ pub(super) enum StartCommand {
         data_directory: PathBuf,
         #[command(flatten)]
         start: StartOptions,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DonorCommand {
+    /// List the snapshots that a donor holds (privilege MONITOR). --user, --token-file, --ca-file,
+    /// --cert and the like are for the donor here.
+    List {
+        /// The donor: HOST:PORT, with https:// TLS is required, with http:// it is not used; or
+        /// unix:/PATH of its socket.
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:4407", env = "MARCOT_DONOR")]
+        donor: String,
     },
 }
 
@@ -332,12 +367,9 @@ pub(super) struct StartOptions {
     /// Keep the donor's numeric owners and groups.
     #[arg(long)]
     pub(super) preserve_owners: bool,
-    /// Streams, 1 to 128 [default: the recipient's].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
-    pub(super) concurrency: Option<u32>,
-    /// Bytes per second.
+    /// What the clone may take.
     #[command(flatten)]
-    pub(super) bandwidth: Bandwidth,
+    pub(super) limits: LimitOptions,
     /// An older copy on the recipient's host: only what differs from it comes over the network.
     #[arg(long, value_name = "DIR")]
     pub(super) reuse: Option<PathBuf>,

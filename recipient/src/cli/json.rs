@@ -1,19 +1,25 @@
 //! Results as JSON: names as in the .proto files, times as in RFC 3339, paths as text.
 
-use jiff::Timestamp;
 use marcot_common::{
     accounts::Account,
     failure::{Failure, Violation},
-    time::{duration_from_wire, system_time},
+    shown::{self, time},
+    time::duration_from_wire,
 };
-use marcot_proto::recipient::v1::{
-    Clone, Finding, FindingStatus, InstallStep, Leftover, StageProgress, State,
-    ValidateCloneResponse, VerifyCloneResponse,
+use marcot_proto::{
+    donor::v1::Snapshot,
+    recipient::v1::{
+        Clone, Finding, FindingStatus, Leftover, StageProgress, ValidateCloneResponse,
+        VerifyCloneResponse,
+    },
 };
 use serde_json::{Value, json};
 
-use super::output::{say, stage_name};
-use crate::certificate::hexadecimal;
+use super::output::say;
+use crate::{
+    certificate::hexadecimal,
+    told::{state_key, step},
+};
 
 pub(super) fn print(value: &Value) {
     say!("{value:#}");
@@ -45,7 +51,7 @@ pub(super) fn failed(failure: &Failure) -> Value {
 pub(super) fn clone(clone: &Clone) -> Value {
     json!({
         "name": clone.name,
-        "state": state(clone.state),
+        "state": state_key(clone.state),
         "begin_time": clone.begin_time.map(time),
         "end_time": clone.end_time.map(time),
         "source": clone.source,
@@ -70,6 +76,7 @@ pub(super) fn clone(clone: &Clone) -> Value {
             "binlog_position": at.binlog_position,
             "gtid_executed": at.gtid_executed,
             "lsn": at.lsn,
+            "binlog_lacks_replicated": at.binlog_lacks_replicated,
         })),
         "stages": clone.stages.iter().map(stage).collect::<Vec<_>>(),
         "encrypted": clone.encrypted,
@@ -78,6 +85,7 @@ pub(super) fn clone(clone: &Clone) -> Value {
         "donor_version": clone.donor_version,
         "eta_seconds": clone.eta.map(|eta| eta.seconds),
         "stall_reason": clone.stall_reason,
+        "held_back_reason": clone.held_back_reason,
         "files_expected": clone.files_expected,
         "files_copied": clone.files_copied,
         "verified_bytes": clone.verified_bytes,
@@ -105,6 +113,7 @@ pub(super) fn clone(clone: &Clone) -> Value {
             .map(|duration| duration.as_secs_f64()),
         "limits": clone.limits.as_ref().map(|limits| json!({
             "concurrency_max": limits.concurrency_max,
+            "autotune_concurrency": limits.autotune_concurrency,
             "data_bytes_per_second_max": limits.data_bytes_per_second_max,
             "network_bytes_per_second_max": limits.network_bytes_per_second_max,
         })),
@@ -127,6 +136,25 @@ pub(super) fn verification(found: &VerifyCloneResponse) -> Value {
     })
 }
 
+pub(super) fn snapshots(snapshots: &[Snapshot]) -> Value {
+    let snapshot = |snapshot: &Snapshot| {
+        json!({
+            "name": snapshot.name,
+            "clone": snapshot.clone,
+            "user": snapshot.user,
+            "peer": snapshot.peer,
+            "create_time": snapshot.create_time.map(time),
+            "lease_expire_time": snapshot.lease_expire_time.map(time),
+            "stage": shown::stage(snapshot.stage),
+            "round": snapshot.round,
+            "sent_bytes": snapshot.sent_bytes,
+            "blocks_ddl": snapshot.blocks_ddl,
+            "read_deadline": snapshot.read_deadline.map(time),
+        })
+    };
+    json!({ "snapshots": snapshots.iter().map(snapshot).collect::<Vec<_>>() })
+}
+
 pub(super) fn leftovers(leftovers: &[Leftover]) -> Value {
     let leftover = |leftover: &Leftover| {
         json!({
@@ -140,16 +168,10 @@ pub(super) fn leftovers(leftovers: &[Leftover]) -> Value {
     json!({ "leftovers": leftovers.iter().map(leftover).collect::<Vec<_>>() })
 }
 
-/// An install's step, by its name.
-pub(super) fn step(step: i32) -> String {
-    let step = InstallStep::try_from(step).unwrap_or_default();
-    step.as_str_name().trim_start_matches("INSTALL_STEP_").to_lowercase()
-}
-
 fn stage(row: &StageProgress) -> Value {
     json!({
-        "stage": stage_name(row.stage),
-        "state": state(row.state),
+        "stage": shown::stage(row.stage),
+        "state": state_key(row.state),
         "begin_time": row.begin_time.map(time),
         "end_time": row.end_time.map(time),
         "threads": row.threads,
@@ -188,15 +210,4 @@ pub(super) fn accounts(accounts: &[Account]) -> Value {
         json!({ "name": account.name, "privileges": privileges, "created": account.created })
     };
     json!({ "accounts": accounts.iter().map(account).collect::<Vec<_>>() })
-}
-
-fn state(state: i32) -> String {
-    let state = State::try_from(state).unwrap_or_default();
-    state.as_str_name().trim_start_matches("STATE_").to_lowercase()
-}
-
-/// RFC 3339 with milliseconds.
-pub(super) fn time(timestamp: prost_types::Timestamp) -> String {
-    let time = Timestamp::try_from(system_time(timestamp)).unwrap_or_default();
-    time.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
 }

@@ -6,12 +6,13 @@ use std::{
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use marcot_common::shown::{self, clean};
 use marcot_proto::{
     common::v1::Stage,
     recipient::v1::{Clone, StageProgress, State},
 };
 
-use super::output::{clean, effort_line, human_bytes, human_seconds, stage_name};
+use crate::told;
 
 /// Least time between two plain lines of one stage.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -46,7 +47,7 @@ impl Shown {
         let Some(row) = running_row(clone) else { return };
         let text = describe(clone, row);
         if let Some(bar) = &self.bar {
-            bar.set_prefix(stage_name(row.stage));
+            bar.set_prefix(shown::stage(row.stage));
             bar.set_message(text);
             bar.set_position(position(row));
             return;
@@ -57,7 +58,7 @@ impl Shown {
         });
         if due {
             self.last_line = Some((stage, round, now));
-            eprintln!("{}: {text}", stage_name(row.stage));
+            eprintln!("{}: {text}", shown::stage(row.stage));
         }
     }
 
@@ -104,21 +105,24 @@ fn describe(clone: &Clone, row: &StageProgress) -> String {
     if row.stage() == Stage::FileSync {
         return "making everything durable and checking it".to_owned();
     }
-    let estimate = human_bytes(row.estimate_bytes.max(row.data_bytes));
+    let estimate = shown::bytes(row.estimate_bytes.max(row.data_bytes));
     let mut text = format!(
         "{} of {}{estimate}, {}/s",
-        human_bytes(row.data_bytes),
+        shown::bytes(row.data_bytes),
         if row.estimate_growing { "at least " } else { "" },
-        human_bytes(row.data_speed)
+        shown::bytes(row.data_speed)
     );
     if row.round > 1 {
         text.push_str(&format!(", round {}", row.round));
     }
     if let Some(eta) = &clone.eta {
-        text.push_str(&format!(", {} left", human_seconds(eta.seconds.unsigned_abs())));
+        text.push_str(&format!(", {} left", shown::seconds(eta.seconds.unsigned_abs())));
     }
-    if let Some(effort) = effort_line(clone) {
+    if let Some(effort) = told::effort(clone) {
         text.push_str(&format!(", {}", clean(&effort)));
+    }
+    if !clone.held_back_reason.is_empty() {
+        text.push_str(&format!(", {}", clean(&clone.held_back_reason)));
     }
     if !clone.stall_reason.is_empty() {
         text.push_str(&format!(", {}", clean(&clone.stall_reason)));

@@ -5,6 +5,7 @@ use std::{collections::HashMap, io::Read as _, os::unix::ffi::OsStrExt as _, pat
 use bytes::Bytes;
 use marcot_common::{
     failure::Failure,
+    host::host_and_port,
     statement::{STATEMENT_BYTES_MAX, Statement},
     time::duration_to_wire,
     tls::Fingerprint,
@@ -16,9 +17,16 @@ use marcot_proto::recipient::v1::{
 };
 
 use super::{
-    arguments::{Bandwidth, CompressionOption, DonorOptions, StartCommand, StartOptions, Verify},
+    arguments::{
+        CompressionOption, DonorOptions, LimitOptions, StartCommand, StartOptions, Verify,
+    },
     caret, secret,
 };
+
+/// What is said of a password that was typed as part of a statement.
+const IN_ARGUMENT: &str = "marcot: warning: the statement holds a password: as an argument it is in the \
+    list of processes, and in the shell's history; give - and the statement on standard input, or use \
+    `marcot clone`, which asks for it";
 
 /// Reads the statement that was typed, or piped.
 fn read_statement(typed: &str) -> Result<String, Failure> {
@@ -56,6 +64,9 @@ impl StartCommand {
             Self::Sql { statement, start } => {
                 let text = read_statement(statement)?;
                 let HasSecret(secret) = check_statement(&text)?;
+                if secret && statement != "-" {
+                    eprintln!("{IN_ARGUMENT}");
+                }
                 let secret = HasSecret(secret || start.attach_replica.is_some());
                 Ok((Asked::CloneStatement(start.statement(text)?), secret))
             }
@@ -66,7 +77,8 @@ impl StartCommand {
                 Ok((Asked::CloneInstance(message), secret))
             }
             Self::Local { data_directory, start } => {
-                Ok((Asked::CloneLocal(start.local(data_directory)?), HasSecret(false)))
+                let secret = HasSecret(start.attach_replica.is_some());
+                Ok((Asked::CloneLocal(start.local(data_directory)?), secret))
             }
         }
     }
@@ -120,7 +132,7 @@ impl StartOptions {
             .into(),
             reuse_directory: self.reuse.as_deref().map(path_bytes).unwrap_or_default(),
             ddl_timeout: self.ddl_timeout.map(duration_to_wire),
-            limits: limits(self.concurrency, self.bandwidth),
+            limits: self.limits.to_wire(),
             discard_old_data_first: self.discard_old_data_first,
             attach_replica: self.replication()?,
             validate_only: false,
@@ -186,30 +198,17 @@ impl DonorOptions {
     }
 }
 
-/// Reads `HOST:PORT` or `[IPV6]:PORT`.
-pub(super) fn host_and_port(text: &str) -> Result<(String, u16), Failure> {
-    let bad = || {
-        let text = text.escape_debug();
-        Failure::invalid("BAD_ADDRESS", format!("`{text}` is no HOST:PORT or [IPV6]:PORT"))
-    };
-    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let host = literal.unwrap_or(host);
-    if host.is_empty() || (literal.is_none() && host.contains(':')) {
-        return Err(bad());
+impl LimitOptions {
+    /// Those that were given; `None` when none was.
+    pub(super) fn to_wire(self) -> Option<CloneLimits> {
+        let limits = CloneLimits {
+            concurrency_max: self.concurrency,
+            data_bytes_per_second_max: self.max_data_bandwidth,
+            network_bytes_per_second_max: self.max_network_bandwidth,
+            autotune_concurrency: self.autotune_concurrency,
+        };
+        (limits != CloneLimits::default()).then_some(limits)
     }
-    let port = port.parse().ok().filter(|&port: &u16| port != 0).ok_or_else(bad)?;
-    Ok((host.to_owned(), port))
-}
-
-/// Limits that were given; `None` when none was.
-pub(super) fn limits(concurrency: Option<u32>, bandwidth: Bandwidth) -> Option<CloneLimits> {
-    let limits = CloneLimits {
-        concurrency_max: concurrency,
-        data_bytes_per_second_max: bandwidth.max_data_bandwidth,
-        network_bytes_per_second_max: bandwidth.max_network_bandwidth,
-    };
-    (limits != CloneLimits::default()).then_some(limits)
 }
 
 impl CompressionOption {
@@ -224,19 +223,4 @@ impl CompressionOption {
 
 fn path_bytes(path: &Path) -> Bytes {
     Bytes::copy_from_slice(path.as_os_str().as_bytes())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_is_a_name_or_a_literal_with_a_port() {
-        let good = |text: &str| host_and_port(text).unwrap();
-        assert_eq!(good("db:1"), ("db".to_owned(), 1));
-        assert_eq!(good("[::1]:65535"), ("::1".to_owned(), 65535));
-        for bad in ["db", "db:", "db:0", "db:65536", "::1:5", ":5", "[::1]"] {
-            host_and_port(bad).unwrap_err();
-        }
-    }
 }

@@ -1,5 +1,7 @@
 //! Records of a copy's journal. Their numbers and tags are a format on disk: they never change.
 
+use std::path::Path;
+
 use marcot_common::{
     entry::{FileId, Totals},
     failure::Failure,
@@ -8,10 +10,15 @@ use marcot_common::{
 };
 use prost::Message;
 
+use super::FILE_NAME;
 use crate::{
-    certificate::digests::DigestRun, growing::GrowingFile, plan::Part, staging::Owners,
-    writer::Unfinished,
+    certificate::digests::DigestRun, growing::GrowingFile, journal::Journal, plan::Part,
+    staging::Owners, writer::Unfinished,
 };
+
+/// Longest text of why a file could not be read, bytes: a unit may have thousands of them. See
+/// `plan::UNIT_PATH_BYTES_MAX`.
+const WHY_BYTES_MAX: usize = 128;
 
 /// What a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +40,13 @@ pub enum RecordKind {
     WentOn = 7,
     /// `DigestRun`: blocks of a file are other ones than they were.
     Changed = 8,
+    /// Nothing: a run has ended by itself, and is no start that was cut short.
+    Ended = 9,
+    /// Nothing: a server that runs without the recipient is about to be stopped for data that are to be
+    /// discarded.
+    Away = 10,
+    /// Nothing: it runs again, or its data have gone, which a mark in their place says from then on.
+    Back = 11,
 }
 
 /// What was asked for.
@@ -47,6 +61,34 @@ pub struct Begun {
     /// Whether there were data to be replaced.
     #[prost(bool, tag = "3")]
     pub had_data: bool,
+    /// Where the clone is to stand.
+    #[prost(bytes = "vec", tag = "4")]
+    pub target: Vec<u8>,
+    /// Streams that large files are cut for: units are told by where they begin. 0: an older version did
+    /// not say.
+    #[prost(uint32, tag = "5")]
+    pub planned_streams: u32,
+}
+
+impl Begun {
+    /// The first record of the journal in a staging directory; `None` where there is no journal.
+    pub fn look(directory: &Path) -> Result<Option<Self>, Failure> {
+        let path = directory.join(FILE_NAME);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let mut first = None;
+        // Of a large journal the rest is not read.
+        let enough = || Failure::bug("the first record is enough");
+        let read = Journal::read_with(&path, &mut |record| {
+            first = Some(record);
+            Err(enough())
+        });
+        match first.filter(|record| record.kind == RecordKind::Begun as u8) {
+            Some(record) => decode(&record.payload).map(Some),
+            None => read.and(Ok(None)),
+        }
+    }
 }
 
 /// The snapshot that is copied, and how the donor is reached again.
@@ -55,7 +97,8 @@ pub struct SnapshotOpened {
     /// `snapshots/{id}`.
     #[prost(string, tag = "1")]
     pub snapshot: String,
-    /// Seed of the clone's key; empty where nobody logs in.
+    /// Seed of the clone's key where the donor has accounts; empty where a snapshot is opened without a
+    /// password.
     #[prost(bytes = "vec", tag = "2")]
     pub key_seed: Vec<u8>,
     /// Address that all connections go to.
@@ -85,6 +128,16 @@ pub struct SnapshotOpened {
     /// See `uid`.
     #[prost(uint32, tag = "11")]
     pub gid: u32,
+    /// Seed of the clone's key where the donor has no accounts, and the snapshot is bound to it; empty
+    /// where nobody logs in.
+    #[prost(bytes = "vec", tag = "12")]
+    pub bound_key_seed: Vec<u8>,
+    /// Bytes that snapshots before it had sent, and that were right.
+    #[prost(uint64, tag = "13")]
+    pub verified_before: u64,
+    /// Base name of the clone's binary log; empty: the donor's, or none is cloned.
+    #[prost(string, tag = "14")]
+    pub binlog_base: String,
 }
 
 impl SnapshotOpened {
@@ -216,7 +269,7 @@ impl From<&Unfinished> for Unread {
         Self {
             file_id: file.part.file_id.0,
             path: file.part.path.as_bytes().to_vec(),
-            why: file.failure.message.clone(),
+            why: clipped(&file.failure.message, WHY_BYTES_MAX).to_owned(),
         }
     }
 }
@@ -317,6 +370,12 @@ pub struct UnitDone {
     /// Files of it that could not be read: a later round has to list them again.
     #[prost(message, repeated, tag = "10")]
     pub unfinished: Vec<Unread>,
+}
+
+/// A text's first bytes, of whole characters.
+fn clipped(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
 }
 
 /// Reads a record's payload.

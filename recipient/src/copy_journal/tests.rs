@@ -107,6 +107,34 @@ fn a_later_round_knows_only_its_own_units_and_a_cut_shape_is_unknown() {
     assert_eq!(names.len(), 3, "lists of the first round are gone: {names:?}");
 }
 
+/// Guards what is staged while a donor is away for long: runs that end by themselves are not counted.
+#[test]
+fn runs_that_ended_by_themselves_are_no_starts_that_were_cut_short() {
+    let home = tempfile::tempdir().unwrap();
+    drop(begun(home.path()));
+    for _ in 0..2 * STARTS_MAX {
+        let (journal, _) = CopyJournal::open(home.path()).unwrap();
+        journal.ended().unwrap();
+    }
+    CopyFound::look(home.path()).unwrap();
+}
+
+/// Guards the copy of an earlier snapshot against a stop while the next one's journal is begun.
+#[test]
+fn a_journal_that_was_only_begun_tells_of_no_snapshot() {
+    let home = tempfile::tempdir().unwrap();
+    assert!(!tells_of_a_snapshot(home.path()), "there is none");
+    let journal = Journal::create(&home.path().join(FILE_NAME)).unwrap();
+    assert!(!tells_of_a_snapshot(home.path()), "it is empty");
+    let journal = CopyJournal::new(journal, home.path());
+    journal.append(RecordKind::Begun, &Begun::default()).unwrap();
+    assert!(!tells_of_a_snapshot(home.path()), "one record");
+    journal.append(RecordKind::SnapshotOpened, &SnapshotOpened::default()).unwrap();
+    assert!(tells_of_a_snapshot(home.path()));
+    begin_round(&journal, home.path(), Position::FIRST);
+    assert!(tells_of_a_snapshot(home.path()));
+}
+
 /// Guards the end: what stops a recipient again and again is not gone on with for ever.
 #[test]
 fn starts_without_a_unit_between_them_are_counted() {

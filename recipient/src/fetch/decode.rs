@@ -2,7 +2,7 @@
 //!
 //! A payload stays in the pieces that the network delivered; they go to the disk as they are.
 
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http_body_util::BodyExt as _;
@@ -20,13 +20,20 @@ use marcot_proto::{
 use prost::Message as _;
 use tonic::{Status, body::Body};
 
+use crate::stall::Pulse;
+
 /// Bytes of a gRPC message's prefix.
 const PREFIX_BYTES: usize = 5;
 
 /// Most bytes of a message before its payload: `EXTENTS_MAX` extents of at most 35 bytes.
 const HEAD_BYTES_MAX: usize = 320 << 10;
 
+/// Most bytes of a message that is no chunk: the texts of one failure, and a few numbers. What is shorter
+/// in bytes than in memory is so thirty times at the most.
+const OTHER_BYTES_MAX: usize = 64 << 10;
+
 const CHUNK_KEY: u8 = (1 << 3) | 2;
+const EXTENT_KEY: u64 = (7 << 3) | 2;
 const PAYLOAD_KEY: u64 = (15 << 3) | 2;
 
 /// A frame, checked as far as it can be by itself.
@@ -41,19 +48,19 @@ pub enum ReadFrame {
 }
 
 /// Reads frames.
-pub struct FrameReader {
+pub struct FrameReader<'a> {
     body: Body,
-    /// Longest silence: the donor sends a chunk as soon as it has one, and keepalive finds a dead
-    /// connection sooner; this ends a donor that lives and sends nothing.
-    stall_timeout: Duration,
+    /// Ends a donor that lives and sends next to nothing: a chunk comes as soon as there is one, and
+    /// keepalive finds a dead connection sooner.
+    pulse: &'a mut Pulse,
     pieces: VecDeque<Bytes>,
     buffered: usize,
     network_bytes: u64,
 }
 
-impl FrameReader {
+impl<'a> FrameReader<'a> {
     /// Reads a response; one that is an error already is that error.
-    pub fn new(response: http::Response<Body>, stall_timeout: Duration) -> Result<Self, Failure> {
+    pub fn new(response: http::Response<Body>, pulse: &'a mut Pulse) -> Result<Self, Failure> {
         if let Some(status) = Status::from_header_map(response.headers())
             && status.code() != tonic::Code::Ok
         {
@@ -71,7 +78,7 @@ impl FrameReader {
         }
         Ok(Self {
             body: response.into_body(),
-            stall_timeout,
+            pulse,
             pieces: VecDeque::new(),
             buffered: 0,
             network_bytes: 0,
@@ -81,6 +88,11 @@ impl FrameReader {
     /// Bytes received since the last call, framing included.
     pub fn take_network_bytes(&mut self) -> u64 {
         std::mem::take(&mut self.network_bytes)
+    }
+
+    /// So many bytes were told to be as they are here, or none.
+    pub fn came(&mut self, bytes: u64) {
+        self.pulse.came(bytes);
     }
 
     /// The next frame; `None` at the stream's end.
@@ -119,6 +131,12 @@ impl FrameReader {
                     self.skip(length - payload);
                     let pieces = self.take(payload).await?;
                     return Ok(ReadFrame::Chunk(header, pieces));
+                }
+                Head::Other if length > OTHER_BYTES_MAX => {
+                    return Err(bad(format!(
+                        "message of {length} bytes that is no chunk, at most {OTHER_BYTES_MAX} are \
+                         allowed"
+                    )));
                 }
                 Head::Other if front.len() == length => {
                     let message = pb::ReadRangesResponse::decode(front)
@@ -181,6 +199,7 @@ impl FrameReader {
             }
             length -= part.len();
             self.buffered -= part.len();
+            self.pulse.came(part.len() as u64);
             taken.push_back(part);
         }
         Ok(taken)
@@ -189,18 +208,7 @@ impl FrameReader {
     /// Receives one piece; false at the end of a stream that ended well.
     async fn receive(&mut self) -> Result<bool, Failure> {
         loop {
-            let frame = tokio::time::timeout(self.stall_timeout, self.body.frame()).await.map_err(
-                |_| {
-                    Failure::new(
-                        tonic::Code::Unavailable,
-                        "STALLED",
-                        format!("the donor sent nothing for {:?}", self.stall_timeout),
-                    )
-                    .mysql(1159)
-                    .from_donor()
-                },
-            )?;
-            match frame {
+            match self.pulse.wait("ReadRanges", self.body.frame()).await? {
                 None => return Ok(false),
                 Some(Err(status)) => return Err(Failure::from_status(&status).from_donor()),
                 Some(Ok(frame)) => match frame.into_data() {
@@ -282,8 +290,16 @@ fn find_payload(front: &[u8], length: usize) -> Result<Head, Failure> {
     if usize::try_from(chunk_bytes).ok().and_then(|n| n.checked_add(start)) != Some(length) {
         return Err(bad(format!("chunk of {chunk_bytes} bytes in a message of {length}")));
     }
+    let mut extents = 0;
     loop {
         let fields = start..at.position;
+        if fields.len() > HEAD_BYTES_MAX || extents > EXTENTS_MAX {
+            return Err(bad(format!(
+                "chunk of {extents} extents in {} bytes; at most {EXTENTS_MAX} and {HEAD_BYTES_MAX} \
+                 are allowed",
+                fields.len()
+            )));
+        }
         if at.position == length {
             return Ok(Head::Chunk { fields, payload: 0 });
         }
@@ -300,6 +316,7 @@ fn find_payload(front: &[u8], length: usize) -> Result<Head, Failure> {
             }
             return Ok(Head::Chunk { fields, payload });
         }
+        extents += usize::from(key == EXTENT_KEY);
         let Some(()) = at.skip_field(key)? else {
             return Ok(Head::Incomplete);
         };
@@ -377,10 +394,11 @@ pub fn check_chunk(
         return Err(bad(format!("chunk of {got} came while {position} is read")));
     }
     let raw_length = u64::from(header.raw_length);
-    if raw_length > CHUNK_BYTES_MAX || header.extents.len() > EXTENTS_MAX {
+    // An empty chunk says nothing: a stream of them would be one without an end.
+    if raw_length > CHUNK_BYTES_MAX || !(1..=EXTENTS_MAX).contains(&header.extents.len()) {
         return Err(bad(format!(
-            "chunk of {raw_length} bytes in {} extents; at most {CHUNK_BYTES_MAX} and {EXTENTS_MAX} \
-             are allowed",
+            "chunk of {raw_length} bytes in {} extents; at most {CHUNK_BYTES_MAX}, and 1 to \
+             {EXTENTS_MAX}, are allowed",
             header.extents.len()
         )));
     }
@@ -397,6 +415,10 @@ pub fn check_chunk(
         Ok(pbc::Codec::None) if payload_bytes as u64 == raw_length => payload,
         Ok(pbc::Codec::None) => {
             return Err(bad(format!("{payload_bytes} bytes of payload for {raw_length} of data")));
+        }
+        // Nothing is sent compressed that does not shrink by it.
+        Ok(pbc::Codec::Zstd) if payload_bytes as u64 > raw_length => {
+            return Err(bad(format!("{payload_bytes} bytes of zstd for {raw_length} of data")));
         }
         Ok(pbc::Codec::Zstd) => decompress(&payload, header.raw_length as usize)?,
         _ => return Err(bad(format!("chunk has unknown codec {}", header.codec))),

@@ -11,7 +11,7 @@ use marcot_common::failure::Failure;
 use marcot_engine::{Content, FileReader, Snapshot};
 use rustix::io::Errno;
 
-use super::{FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, Seat, stopped};
+use super::{FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, Seat, end_batch, stopped};
 use crate::{
     growing::GrowingWriter,
     plan::Part,
@@ -45,7 +45,12 @@ pub fn copy_units(
     let mut disk = FetchContext::disk();
     while let Some(unit) = context.next_unit(seat)? {
         let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
-        copy_unit(snapshot.as_ref(), context, writer.with_disk(disk.as_mut()), &mut way)?;
+        let writer = writer.with_disk(disk.as_mut());
+        let (span, mut bytes) = (context.unit_span("", &unit), 0);
+        let result =
+            span.in_scope(|| copy_unit(snapshot.as_ref(), context, writer, &mut way, &mut bytes));
+        end_batch(&span, bytes, &result);
+        result?;
     }
     Ok(())
 }
@@ -92,6 +97,7 @@ fn copy_unit(
     context: &FetchContext,
     mut writer: UnitWriter<'_>,
     way: &mut Way,
+    bytes: &mut u64,
 ) -> Result<(), Failure> {
     while let Some((part, _)) = writer.awaited()? {
         if let Err(failure) = copy_part(snapshot, context, part, &mut writer, way) {
@@ -100,6 +106,7 @@ fn copy_unit(
                 _ => return Err(failure),
             }
         }
+        *bytes = writer.data_bytes();
     }
     context.finish(writer)
 }

@@ -1,22 +1,27 @@
 //! A stream from a donor: its own connection, ReadRanges calls, checked bytes into staging.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use marcot_common::{failure::Failure, telemetry::propagation::inject};
-use marcot_proto::{common::v1 as pbc, donor::v1 as pb};
+use marcot_common::{failure::Failure, telemetry::propagation::inject_current};
+use marcot_proto::{
+    common::v1 as pbc,
+    donor::v1::{self as pb, donor_service_client::DonorServiceClient},
+};
 use prost::Message as _;
 use tokio::task::JoinHandle;
 use tonic::{body::Body, transport::Channel};
 use tower::{Service as _, ServiceExt as _};
-use tracing::Span;
-use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+use tracing::Instrument as _;
 
 use super::{
     FOLLOW_BYTES, FOLLOW_PAUSE, FetchContext, Seat,
     compression::{Chooser, Compression},
     decode::{CheckedChunk, FrameReader, ReadFrame, check_chunk, take_pieces},
-    stopped,
+    end_batch, stopped,
 };
 use crate::{
     donor_client::Link,
@@ -24,11 +29,15 @@ use crate::{
     plan::Unit,
     retry::Patience,
     reuse::{BLOCK_BYTES, Known, Reuse},
-    writer::{ChunkSink, UnitWriter, known_of},
+    stall::{Pulse, RANGE_BYTES},
+    writer::{ChunkSink, UnitWriter, clear, known_of},
 };
 
 /// Calls in a row that may end without a byte; a donor that is merely draining sends some.
 const EMPTY_CALLS_MAX: u32 = 3;
+
+/// Longest wait for the donor to take note of a pause: it needs no work.
+const PAUSE_ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// What a stream asks its donor for.
 #[derive(Debug, Clone)]
@@ -71,7 +80,7 @@ pub async fn follow(
     options: &ReadOptions,
     context: &FetchContext,
 ) -> Result<(), Failure> {
-    let mut patience = context.patience();
+    let (mut patience, mut pulse) = (context.patience(), Pulse::new(context.stall_timeout));
     // Redo comes as fast as it is written; what is tried out on files is not tried again here.
     let level = Chooser::new(options.compression).level();
     loop {
@@ -84,12 +93,28 @@ pub async fn follow(
             let (staging, progress) = (&context.staging, &context.progress);
             let mut writer =
                 GrowingWriter::open(staging, progress, &context.growing, file, length)?;
-            let read = read_call(link, &request, context, &mut writer).await;
+            let span = context.batch_span(&options.snapshot, file_id, offset, 1);
+            let read = read_call(link, &request, context, &mut pulse, &mut writer);
+            let read = read.instrument(span.clone()).await;
             let written = writer.finish(&context.growing, context.journal.as_deref())?;
-            if read.is_ok() || written > 0 {
-                patience.progress();
+            end_batch(&span, written, &read);
+            if written > 0 {
+                patience.right();
+            }
+            if read.is_ok() {
+                // All that was there has come, be it nothing.
+                pulse.moved();
+            }
+            // Redo that flows says nothing of the copy: streams that stand still must not be waited for as
+            // long as the server writes.
+            if pulse.take_moved() {
+                patience.answered();
             }
             if let Err(failure) = read {
+                if is_last && failure.reason == "STAGE_PASSED" {
+                    // All else is here, and the last list has the rest.
+                    return Ok(());
+                }
                 pause_after(failure, &mut patience, link, context).await?;
             }
             bytes += written;
@@ -117,11 +142,17 @@ pub async fn copy_units(
 ) -> Result<(), Failure> {
     let mut disk = FetchContext::disk();
     let mut chooser = Chooser::new(options.compression);
+    let mut pulse = Pulse::new(context.stall_timeout);
     let Some(reuse) = context.reuse.as_ref().filter(|_| options.known_blocks) else {
         while let Some(unit) = context.next_unit(seat)? {
+            if context.reuse.is_some() {
+                // This donor compares nothing, so nothing that is staged is known to be right.
+                clear(&context.staging, &unit)?;
+            }
             let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
             let writer = writer.with_disk(disk.as_mut());
-            copy_unit(link, options, context, &mut chooser, &unit, writer).await?;
+            let state = (&mut chooser, &mut pulse);
+            copy_batch(link, options, context, state, &unit, writer).await?;
         }
         return Ok(());
     };
@@ -133,7 +164,8 @@ pub async fn copy_units(
         next = hash_next(context, reuse, seat)?;
         let writer = UnitWriter::new(&context.staging, &context.progress, &unit);
         let writer = writer.with_disk(disk.as_mut()).with_known(known);
-        copy_unit(link, options, context, &mut chooser, &unit, writer).await?;
+        let state = (&mut chooser, &mut pulse);
+        copy_batch(link, options, context, state, &unit, writer).await?;
     }
     Ok(())
 }
@@ -156,14 +188,31 @@ fn hash_next(
     })))
 }
 
+/// Copies a unit, in a span of its own.
+async fn copy_batch(
+    link: &mut Link,
+    options: &ReadOptions,
+    context: &FetchContext,
+    state: (&mut Chooser, &mut Pulse),
+    unit: &Unit,
+    writer: UnitWriter<'_>,
+) -> Result<(), Failure> {
+    let (span, mut bytes) = (context.unit_span(&options.snapshot, unit), 0);
+    let copy = Box::pin(copy_unit(link, options, context, state, unit, writer, &mut bytes));
+    let result = copy.instrument(span.clone()).await;
+    end_batch(&span, bytes, &result);
+    result
+}
+
 /// What a call that was cut has written stays; the next one goes on after it.
 async fn copy_unit(
     link: &mut Link,
     options: &ReadOptions,
     context: &FetchContext,
-    chooser: &mut Chooser,
+    (chooser, pulse): (&mut Chooser, &mut Pulse),
     unit: &Unit,
     writer: UnitWriter<'_>,
+    bytes: &mut u64,
 ) -> Result<(), Failure> {
     let mut writer = writer.with_digests(context.journal.is_some());
     let mut patience = context.patience();
@@ -182,15 +231,22 @@ async fn copy_unit(
         }
         let request = options.request(context, ranges, level);
         let before = (writer.index(), offset);
-        let read = read_call(link, &request, context, &mut writer).await;
+        let read = read_call(link, &request, context, pulse, &mut writer).await;
+        *bytes = writer.data_bytes();
         let after = writer.awaited()?.map(|(_, offset)| offset);
         let moved = after.is_none_or(|offset| (writer.index(), offset) != before);
         if moved {
             empty_calls = 0;
+            patience.right();
+        }
+        let parts = (writer.index() - first) as u64;
+        pulse.came(parts.saturating_mul(RANGE_BYTES));
+        if pulse.take_moved() {
             patience.progress();
         }
         match read {
-            Ok(()) if moved => {}
+            // A pause may have ended it before its first byte.
+            Ok(()) if moved || !context.gate.is_open() => {}
             Ok(()) => {
                 empty_calls += 1;
                 if empty_calls >= EMPTY_CALLS_MAX {
@@ -228,12 +284,17 @@ async fn read_call(
     link: &mut Link,
     request: &pb::ReadRangesRequest,
     context: &FetchContext,
+    pulse: &mut Pulse,
     writer: &mut dyn ChunkSink,
 ) -> Result<(), Failure> {
     let read = async {
+        pass_gate(context).await;
+        let ends_reads = link.ends_reads();
         let channel = link.channel().await?;
-        let mut frames = FrameReader::new(call(channel, request).await?, context.stall_timeout)?;
-        let read = read_frames(&mut frames, context, writer).await;
+        let pause = if ends_reads { Pause::Ends(channel.clone()) } else { Pause::Waits };
+        let answer = pulse.wait("ReadRanges", call(channel, request)).await??;
+        let mut frames = FrameReader::new(answer, pulse)?;
+        let read = read_frames(&mut frames, request, context, pause, writer).await;
         // What came of a chunk that was cut, or wrong, comes again.
         let left = frames.take_network_bytes();
         context.progress.network_bytes.add(left);
@@ -245,17 +306,65 @@ async fn read_call(
     context.stop.run_until_cancelled(read).await.unwrap_or_else(|| Err(stopped()))
 }
 
+/// Waits while the clone is paused.
+async fn pass_gate(context: &FetchContext) {
+    context.gate.pass().await;
+}
+
+/// What a pause does to a call that runs.
+enum Pause {
+    /// An older donor waits until the rest is taken, for as long as its `--caller-timeout`.
+    Waits,
+    /// It is asked for its end over this connection.
+    Ends(Channel),
+    /// Its end was asked for: what is on its way is taken.
+    Asked,
+}
+
+impl Pause {
+    /// The clone is paused.
+    async fn begin(self, context: &FetchContext, snapshot: &str) -> Self {
+        match self {
+            Self::Waits => {
+                pass_gate(context).await;
+                Self::Waits
+            }
+            Self::Ends(channel) => {
+                // Beside the frames, which share its window. One that fails lets the call run to its end.
+                tokio::spawn(end_reads(channel, snapshot.to_owned()).in_current_span());
+                Self::Asked
+            }
+            Self::Asked => Self::Asked,
+        }
+    }
+}
+
+/// Has the donor end the snapshot's calls at their next chunk.
+async fn end_reads(channel: Channel, snapshot: String) {
+    let request = pb::RenewLeaseRequest { snapshot, end_reads: true, ..Default::default() };
+    let mut client = DonorServiceClient::new(channel);
+    match tokio::time::timeout(PAUSE_ANSWER_MAX, client.renew_lease(request)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(status)) => tracing::debug!(error = %status, "the donor knows of no pause"),
+        Err(_) => tracing::debug!("the donor does not answer to a pause"),
+    }
+}
+
 /// All frames of a call, to its end frame and status.
 async fn read_frames(
-    frames: &mut FrameReader,
+    frames: &mut FrameReader<'_>,
+    request: &pb::ReadRangesRequest,
     context: &FetchContext,
+    mut pause: Pause,
     writer: &mut dyn ChunkSink,
 ) -> Result<(), Failure> {
     let mut end: Option<pb::ReadEnd> = None;
     let (mut raw_bytes, mut failed) = (0, 0);
     loop {
-        // A paused clone reads nothing: the donor waits, and nothing is sent twice.
-        context.gate.pass().await;
+        // A paused clone asks for nothing more, and nothing is sent twice.
+        if !context.gate.is_open() {
+            pause = pause.begin(context, &request.snapshot).await;
+        }
         let Some(frame) = frames.next().await? else { break };
         if end.is_some() {
             return Err(Failure::peer_misbehaved("ReadRanges: a frame came after the end"));
@@ -264,12 +373,14 @@ async fn read_frames(
         match frame {
             ReadFrame::Chunk(header, payload) => {
                 let chunk = check_chunk(header, payload, context.position)?;
-                written = write_chunk(chunk, writer)?;
+                let (data, covered) = write_chunk(chunk, writer)?;
+                written = data;
+                frames.came(covered);
                 context.progress.verified_bytes.add(written);
                 raw_bytes += written;
             }
             ReadFrame::Failure(failure) => {
-                failed += 1;
+                failed = check_failed(&failure, &request.ranges, failed)?;
                 give_up(&failure, writer)?;
             }
             ReadFrame::End(frame) => end = Some(frame),
@@ -291,20 +402,41 @@ async fn read_frames(
     Ok(())
 }
 
-fn write_chunk(mut chunk: CheckedChunk, writer: &mut dyn ChunkSink) -> Result<u64, Failure> {
-    let mut bytes = 0;
+/// Writes a chunk; returns its bytes of data, and those that stand for none.
+fn write_chunk(mut chunk: CheckedChunk, writer: &mut dyn ChunkSink) -> Result<(u64, u64), Failure> {
+    let (mut bytes, mut covered) = (0, 0_u64);
     for extent in &chunk.extents {
         if extent.hole {
             writer.skip_hole(extent.file_id, extent.offset, extent.length)?;
+            covered = covered.saturating_add(extent.length);
         } else if extent.unchanged {
             writer.keep(extent.file_id, extent.offset, extent.length)?;
+            covered = covered.saturating_add(extent.length);
         } else {
             let pieces = take_pieces(&mut chunk.pieces, extent.length);
             writer.write(extent.file_id, extent.offset, extent.length, &pieces)?;
             bytes += extent.length;
         }
     }
-    Ok(bytes)
+    Ok((bytes, covered))
+}
+
+/// A range fails once, after those before it: else failures would be a stream without an end. Returns the
+/// first range that may still fail.
+fn check_failed(
+    failure: &pb::RangeFailure,
+    ranges: &[pb::Range],
+    from: usize,
+) -> Result<usize, Failure> {
+    let index = usize::try_from(failure.range).unwrap_or(usize::MAX);
+    match ranges.get(index) {
+        Some(range) if index >= from && range.file_id == failure.file_id => Ok(index + 1),
+        _ => Err(Failure::peer_misbehaved(format!(
+            "ReadRanges: range {index} of file {} failed, where ranges {from} to {} were awaited",
+            failure.file_id,
+            ranges.len()
+        ))),
+    }
 }
 
 fn give_up(failure: &pb::RangeFailure, writer: &mut dyn ChunkSink) -> Result<(), Failure> {
@@ -333,7 +465,7 @@ async fn call(
     *request.uri_mut() =
         http::Uri::from_static("http://donor/marcot.donor.v1.DonorService/ReadRanges");
     let mut traced = tonic::metadata::MetadataMap::new();
-    inject(&Span::current().context(), &mut traced);
+    inject_current(&mut traced);
     let headers = request.headers_mut();
     headers.extend(traced.into_headers());
     headers.insert(http::header::TE, http::HeaderValue::from_static("trailers"));

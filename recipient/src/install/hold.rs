@@ -11,8 +11,8 @@ const HOLD_VARIABLE: &str = "MARCOT_TEST_HOLD_AT";
 /// Milliseconds of rest at every step, for tests that kill the recipient at any moment.
 const PAUSE_VARIABLE: &str = "MARCOT_TEST_STEP_PAUSE";
 
-/// Waits where a test has asked for it.
-pub(super) fn hold(at: &str) {
+/// Waits where a test has asked for it, on the calling thread.
+pub fn hold(at: &str) {
     let pause = std::env::var(PAUSE_VARIABLE).ok().and_then(|text| text.parse().ok());
     std::thread::sleep(Duration::from_millis(pause.unwrap_or(0)));
     let Ok(wish) = std::env::var(HOLD_VARIABLE) else { return };

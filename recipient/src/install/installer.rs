@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use marcot_common::failure::Failure;
+use marcot_common::{failure::Failure, telemetry::spans::traced};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use tracing::{info, warn};
+use tracing::{debug_span, info, warn};
 
 use super::{
     generation,
@@ -15,7 +15,7 @@ use super::{
     step::Step,
 };
 use crate::{
-    server_control::{FirstStart, ServerControl},
+    server_control::{FirstStart, ServerControl, outlived_recipient},
     source::blocking,
 };
 
@@ -45,10 +45,11 @@ impl Installer {
     /// From `Staged` to `Opened`. After an error the old data stand, and their server runs.
     pub async fn install(&self) -> Result<(), Failure> {
         // What would not do afterwards is not worth a stop.
-        self.with(|replacement| replacement.claim()).await?;
+        self.claim().await?;
         (self.tell_stop)();
         // One that is still starting is waited for: as long as this process stays.
-        let stopped = self.leaving.run_until_cancelled(self.control.stop()).await;
+        let stop = traced(debug_span!("stop the server"), self.control.stop());
+        let stopped = self.leaving.run_until_cancelled(stop).await;
         if let Err(failure) = stopped.ok_or_else(leaves)? {
             // It may be on its way down all the same.
             return Err(self.start_again(failure).await);
@@ -58,7 +59,7 @@ impl Installer {
             let failure = self.bring_back(failure).await?;
             return Err(self.start_again(failure).await);
         }
-        self.bring_up().await
+        self.bring_up(false).await
     }
 
     /// Where nothing of ours keeps a server that somebody else starts away.
@@ -72,7 +73,8 @@ impl Installer {
 
     /// `Staged` to `InPlace`: the server is stopped.
     pub async fn put_in_place(&self) -> Result<(), Failure> {
-        self.with(|replacement| replacement.put_in_place()).await
+        let put = self.with(|replacement| replacement.put_in_place());
+        traced(debug_span!("put in place"), put).await
     }
 
     /// `Staged` to `InPlace` without a server to start: a person starts it.
@@ -91,42 +93,87 @@ impl Installer {
     /// From wherever a start has found it, to `Opened`.
     pub async fn go_on(&self) -> Result<(), Failure> {
         if self.with(|replacement| replacement.action()).await? == Action::Install {
-            self.install().await
+            // The server does not run yet: this start has left that to the install.
+            match self.with(|replacement| replacement.claim()).await {
+                Ok(()) => self.install().await,
+                Err(failure) if self.control.outlives_recipient() => Err(failure),
+                Err(failure) => Err(self.start_again(failure).await),
+            }
         } else {
-            self.bring_up().await
+            outlived_recipient(self.control.as_ref()).await;
+            self.bring_up(true).await
         }
     }
 
-    /// From `InPlace`, or wherever it was after that, to `Opened`.
-    async fn bring_up(&self) -> Result<(), Failure> {
-        if let Err(failure) = self.prove().await {
+    /// From `InPlace`, or wherever it was after that, to `Opened`. Where it goes on, an earlier process may
+    /// have given the start command.
+    async fn bring_up(&self, goes_on: bool) -> Result<(), Failure> {
+        if let Err(failure) = self.prove(goes_on).await {
             // The next start goes on.
             self.check_leaving()?;
             return Err(self.roll_back(failure).await);
         }
-        self.control.open().await.map_err(|failure| match self.check_leaving() {
+        let open = traced(debug_span!("open the server"), self.open(goes_on));
+        let opened = open.await.map_err(|failure| match self.check_leaving() {
             Err(leaving) => leaving,
             Ok(()) => Failure {
                 message: format!(
-                    "the clone is in place and its server was healthy, but could not be opened to \
-                     everybody: {}; the old data are kept: `marcot rollback` brings them back",
+                    "the clone is in place and its server was healthy, but {}: {}; the old data are \
+                     kept: `marcot rollback` brings them back",
+                    match self.replacement.is_reopened() {
+                        true => "is not since it was opened to everybody",
+                        false => "could not be opened to everybody",
+                    },
                     failure.message
                 ),
                 ..failure
             },
-        })
+        });
+        if opened.is_ok() {
+            self.hold_between("server_open").await?;
+            self.note_back().await;
+        }
+        opened
     }
 
-    async fn prove(&self) -> Result<(), Failure> {
+    /// Once its start command has been given the server takes writes: whatever it answers, it is not stopped for
+    /// this again.
+    async fn open(&self, goes_on: bool) -> Result<(), Failure> {
+        let is_open =
+            goes_on && self.replacement.is_reopened() && self.control.outlives_recipient();
+        if !is_open {
+            self.control.open().await?;
+            if let Err(failure) = self.with(|replacement| replacement.note_open()).await {
+                warn!(error = %failure, "that the server was opened could not be recorded");
+            }
+        }
+        self.control.wait_open().await
+    }
+
+    async fn prove(&self, goes_on: bool) -> Result<(), Failure> {
         self.replacement.unlock_trees();
         self.hold_between("unlocked").await?;
         if self.replacement.step() < Step::Healthy {
             self.check_leaving()?;
-            self.control.start(FirstStart::Yes).await?;
+            // A command that is given twice may fail, and the clone would pay for it: also where a kill
+            // came between the start and its record. A server that somebody else has started meanwhile is
+            // open to everybody: that one does not count.
+            let runs = || goes_on && self.control.outlives_recipient();
+            if !runs() {
+                let start = self.control.start(FirstStart::Yes);
+                match traced(debug_span!("start the server"), start).await {
+                    Err(failure) if runs() => {
+                        warn!(error = %failure, "a server runs all the same: its health decides");
+                    }
+                    started => started?,
+                }
+                self.hold_between("server_started").await?;
+            }
             if self.replacement.step() < Step::Started {
                 self.record(Step::Started).await?;
             }
             let health = self.control.wait_healthy(self.health_limit);
+            let health = traced(debug_span!("wait until it is healthy"), health);
             let health = self.leaving.run_until_cancelled(health).await;
             let health = health.unwrap_or_else(|| Err(leaves()))?;
             info!(
@@ -140,7 +187,10 @@ impl Installer {
         }
         // Before it is opened: from here on there may be writes that a roll-back would lose.
         self.check_leaving()?;
-        self.record(Step::Opened).await
+        if self.replacement.step() < Step::Opened {
+            self.record(Step::Opened).await?;
+        }
+        Ok(())
     }
 
     /// Stops the server, brings the old data back, and starts it on them. Returns the failure, which
@@ -158,14 +208,18 @@ impl Installer {
 
     /// By a caller's wish, from `Opened` as well.
     pub async fn roll_back_on_request(&self) -> Result<(), Failure> {
-        self.with(|replacement| replacement.claim()).await?;
+        self.claim().await?;
+        self.hold_between("stopping_for_roll_back").await?;
         if let Err(failure) = self.control.stop().await {
             return Err(self.start_again(failure).await);
         }
-        match self.with(|replacement| replacement.put_back()).await {
+        self.hold_between("stopped_for_roll_back").await?;
+        match self.with(|replacement| replacement.put_back(REQUESTED)).await {
             Ok(()) => {
                 self.replacement.unlock_trees();
-                self.control.start(FirstStart::No).await
+                self.control.start(FirstStart::No).await?;
+                self.note_back().await;
+                Ok(())
             }
             Err(failure) => Err(self.roll_back_failed(failure).await),
         }
@@ -173,7 +227,7 @@ impl Installer {
 
     /// As `roll_back_on_request`, where a person starts the server.
     pub async fn put_back_without_server(&self) -> Result<(), Failure> {
-        let result = self.with(|replacement| replacement.put_back()).await;
+        let result = self.with(|replacement| replacement.put_back(REQUESTED)).await;
         self.replacement.unlock_trees();
         result.map_err(|failure| match self.clone_stands() {
             true => failure,
@@ -197,7 +251,9 @@ impl Installer {
 
     /// Brings the old data back; the failure then says so. `Err`: they could not be brought back.
     async fn bring_back(&self, failure: Failure) -> Result<Failure, Failure> {
-        let put_back = self.with(|replacement| replacement.put_back()).await;
+        let why = failure.label();
+        let put_back = self.with(move |replacement| replacement.put_back(why));
+        let put_back = traced(debug_span!("put back"), put_back).await;
         let stands = self.replacement.standing().is_ok_and(|standing| standing == Standing::Old);
         match put_back {
             // Where they stand, a record that could not be made changes nothing.
@@ -222,7 +278,10 @@ impl Installer {
         }
         warn!(error = %failure, "the server is started again on what stands");
         match self.control.start(self.replacement.first_start()).await {
-            Ok(()) => failure,
+            Ok(()) => {
+                self.note_back().await;
+                failure
+            }
             Err(start) => Failure {
                 message: format!(
                     "{}; and the server could not be started again: {}",
@@ -230,6 +289,28 @@ impl Installer {
                 ),
                 ..failure
             },
+        }
+    }
+
+    /// Before the server is stopped. Where it runs without this recipient, the next one must know that.
+    async fn claim(&self) -> Result<(), Failure> {
+        self.with(|replacement| replacement.claim()).await?;
+        if !self.control.is_independent() {
+            return Ok(());
+        }
+        let noted = self.with(|replacement| replacement.note_away()).await;
+        if noted.is_err() {
+            self.replacement.unlock_trees();
+        }
+        noted
+    }
+
+    /// The server runs as it did before: what could not be recorded costs the next start of this service a
+    /// look more, and this process must not stop or start it again.
+    async fn note_back(&self) {
+        if let Err(failure) = self.with(|replacement| replacement.note_back()).await {
+            warn!(error = %failure, "that the server runs again could not be recorded");
+            self.replacement.forget_away();
         }
     }
 
@@ -251,6 +332,9 @@ impl Installer {
         result
     }
 }
+
+/// Why the old data come back, when a caller has said so.
+const REQUESTED: &str = "REQUESTED";
 
 const LEAVES: &str = "RECIPIENT_STOPS";
 

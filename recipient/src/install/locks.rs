@@ -13,6 +13,10 @@ use rustix::io::Errno;
 /// Files that MariaDB and MySQL lock for as long as they run.
 const LOCKED_FILES: [&str; 2] = ["ibdata1", "aria_log_control"];
 
+/// What a MySQL has at the top of its data directory, whatever its system tablespace is called. A MariaDB
+/// has `aria_log_control`.
+const MYSQL: [&str; 2] = ["mysql.ibd", "#innodb_redo"];
+
 /// The locks of one tree, until they are dropped. They follow the files wherever these move.
 #[derive(Debug)]
 pub struct TreeLocks {
@@ -57,6 +61,28 @@ pub fn server_on(tree: &Path) -> Option<i32> {
     })
 }
 
+/// Fails where no lock would tell whether a server runs on the data that stand in a directory: it would be
+/// taken for stopped, and its trees would move beneath it.
+pub fn check_seen(data_directory: &Path) -> Result<(), Failure> {
+    let is_there = |name: &&str| data_directory.join(name).exists();
+    let Some(has) = MYSQL.iter().find(|name| is_there(name)) else {
+        return Ok(());
+    };
+    if LOCKED_FILES.iter().any(is_there) {
+        return Ok(());
+    }
+    Err(Failure::precondition(
+        "LOCK_FILE_MISSING",
+        format!(
+            "{} holds a MySQL's data ({has}), and neither {}: its system tablespace has another name \
+             (innodb_data_file_path), so that nobody sees whether a server runs on it; clone to a new \
+             directory (DATA DIRECTORY), and have the server start there",
+            data_directory.display(),
+            LOCKED_FILES.join(" nor ")
+        ),
+    ))
+}
+
 fn running(path: &Path, file: &File) -> Failure {
     let who = match file_lock::holder(file.as_fd()) {
         Ok(Some(pid)) if pid > 0 => format!("process {pid}"),
@@ -71,6 +97,18 @@ fn running(path: &Path, file: &File) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Guards R11 where no lock is to be seen.
+    #[test]
+    fn data_without_a_file_that_is_locked_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        check_seen(directory.path()).unwrap();
+        std::fs::write(directory.path().join("mysql.ibd"), "x").unwrap();
+        let failure = check_seen(directory.path()).unwrap_err();
+        assert_eq!(failure.reason, "LOCK_FILE_MISSING", "{failure}");
+        std::fs::write(directory.path().join("ibdata1"), "x").unwrap();
+        check_seen(directory.path()).unwrap();
+    }
 
     /// Guards R11: a lock that another descriptor holds is seen, and is not dropped by looking.
     #[test]

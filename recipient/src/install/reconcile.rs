@@ -44,7 +44,7 @@ pub fn decide(last: Step, standing: Standing) -> Action {
     match (last, standing) {
         (_, Other) => Action::Refuse,
         (Step::Staged, Old) => Action::Install,
-        (Step::Stopped | Step::Exchanging, Old) => Action::LetGo,
+        (Step::Stopped | Step::Exchanging | Step::LettingGo, Old) => Action::LetGo,
         // The rename was made, its record was not.
         (Step::Exchanging, New) => Action::GoOn,
         (Step::SettingAside | Step::PuttingIn, Between) => Action::BringBack,
@@ -82,7 +82,7 @@ mod tests {
                 }
                 if action == Action::LetGo {
                     assert_eq!(standing, Standing::Old, "{state}");
-                    assert!(last < Step::InPlace, "{state}");
+                    assert!(last < Step::InPlace || last == Step::LettingGo, "{state}");
                 }
                 if action == Action::BringBack {
                     assert!(last != Step::Opened && last != Step::Accepted, "{state}");

@@ -10,15 +10,26 @@ use std::{
 use marcot_common::failure::Failure;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
+use tracing::warn;
 
 use super::{
     place::{Form, Place},
     step::Step,
 };
-use crate::journal::{Journal, Record};
+use crate::{
+    copy_journal::record::Begun,
+    journal::{Journal, Record},
+};
 
 /// Kind of the record that says that the server on the new tree has been made a replica; no step.
 pub(super) const REPLICATES: u8 = 64;
+
+/// Kind of the record that says that a server which runs without the recipient is about to be stopped for
+/// the install, or to run closed; no step.
+pub(super) const AWAY: u8 = 65;
+
+/// Kind of the record that says that it has been started for everybody again; no step.
+pub(super) const BACK: u8 = 66;
 
 /// What the first record tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +78,9 @@ pub struct Recorded {
     pub(super) opened: Option<SystemTime>,
     /// Whether the server on the new tree replicates, by the caller's wish.
     pub(super) replicates: bool,
+    /// The step at which the server was stopped for the install; `None` once it has been started for
+    /// everybody since.
+    pub(super) away: Option<Step>,
 }
 
 impl Recorded {
@@ -81,9 +95,15 @@ impl Recorded {
             since: SystemTime::UNIX_EPOCH,
             opened: None,
             replicates: false,
+            away: None,
         };
         for record in &records[1..] {
             found.replicates |= record.kind == REPLICATES;
+            match record.kind {
+                AWAY => found.away = found.away.or(Some(found.step)),
+                BACK => found.away = None,
+                _ => {}
+            }
             let Some(step) = Step::of(record.kind) else { continue };
             let at: At = decode(record, place)?;
             found.step = step;
@@ -95,13 +115,26 @@ impl Recorded {
         Ok(Some(found))
     }
 
+    /// Reads the journal of an install of the data directory; `None` for an install of another one, beside
+    /// which this one stands: its journal may be damaged, or of another version, and is no matter of this.
+    pub fn look(place: &Place) -> Result<Option<Self>, Failure> {
+        match Journal::read(&place.journal()).and_then(|records| Self::of(&records, place)) {
+            Ok(found) => Ok(found.filter(|found| is_of(&found.plan, &place.data_directory))),
+            Err(failure) if is_of_a_neighbour(place) => {
+                warn!(error = %failure, "the install of another data directory is passed by");
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
     /// Whether it is neither accepted nor rolled back: its staging directory holds a tree that
     /// somebody may want.
     #[must_use]
     pub fn is_pending(&self) -> bool {
         match self.step {
             Step::Staged => self.plan.waits,
-            Step::Stopped | Step::Accepted | Step::RolledBack => false,
+            Step::Stopped | Step::Accepted | Step::RolledBack | Step::LettingGo => false,
             _ => true,
         }
     }
@@ -111,14 +144,16 @@ impl Recorded {
 pub fn all_recorded(data_directory: &Path) -> Result<Vec<Recorded>, Failure> {
     let mut found = Vec::new();
     for place in Place::all(data_directory) {
-        let records = Journal::read(&place.journal())?;
-        if let Some(recorded) = Recorded::of(&records, &place)?
-            && is_of(&recorded.plan, data_directory)
-        {
-            found.push(recorded);
-        }
+        found.extend(Recorded::look(&place)?);
     }
     Ok(found)
+}
+
+/// Whether the clone in a staging directory is to become another data directory, by the journal of its copy.
+fn is_of_a_neighbour(place: &Place) -> bool {
+    let Ok(Some(begun)) = Begun::look(&place.staging) else { return false };
+    place.form == Form::Exchange
+        && name_of(Path::new(OsStr::from_bytes(&begun.target))) != name_of(&place.data_directory)
 }
 
 /// Beside a data directory lie the staging directories of its neighbours as well.

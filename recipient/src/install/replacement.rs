@@ -3,14 +3,14 @@
 //! Invariants:
 //! * A step is in the journal, on the disk, before what it names is begun.
 //! * From `Stopped` on, the locks of both trees are held whenever trees move.
-//! * The old tree is removed at `Accepted` and never before.
+//! * The old tree is removed at `Accepted` and never before, the new one at `LettingGo`.
 //! * Nothing is moved or removed while the trees stand where no step has put them.
 
 use std::{
     io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -30,11 +30,13 @@ use super::{
     mounts::refuse_mounts_in,
     place::{Form, Place, remove_inner},
     reconcile::{Action, Standing, decide},
-    recorded::{At, Plan, REPLICATES, Recorded, encode, is_of, name_of},
+    recorded::{AWAY, At, BACK, Plan, REPLICATES, Recorded, encode, name_of},
     step::Step,
     trees,
 };
-use crate::{journal::Journal, sabotage, server_control::FirstStart, staging::Staging};
+use crate::{
+    counts::Counts, journal::Journal, order, sabotage, server_control::FirstStart, staging::Staging,
+};
 
 /// More than all records of an install have, however often it is tried.
 const JOURNAL_BYTES: u64 = 16 << 10;
@@ -62,6 +64,7 @@ pub struct Replacement {
     /// What it is to do.
     pub plan: Plan,
     state: Mutex<State>,
+    counts: Arc<Counts>,
 }
 
 #[derive(Debug)]
@@ -74,7 +77,7 @@ struct State {
 
 impl Replacement {
     /// Begins an install of the tree that is staged at `place`: step `Staged`.
-    pub fn create(place: Place, wishes: &Wishes) -> Result<Self, Failure> {
+    pub fn create(place: Place, wishes: &Wishes, counts: &Arc<Counts>) -> Result<Self, Failure> {
         let plan = Plan {
             clone: wishes.clone.clone(),
             form: place.form,
@@ -89,11 +92,19 @@ impl Replacement {
         generation::write(&place.new_tree(), &plan.clone)?;
         // Under its own name once the first record is in it: one without any tells of no install.
         let (journal_path, new_path) = (place.journal(), place.staging.join("journal-new"));
+        // One that a stop has left here has no record, or tells of nothing that was begun.
+        match std::fs::remove_file(&new_path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::io("remove", &new_path, &e));
+            }
+            _ => {}
+        }
         let mut journal = Journal::create(&new_path)?;
         journal.reserve(JOURNAL_BYTES);
         journal.append(Step::Staged as u8, &encode(&plan)?)?;
         rustix::fs::rename(&new_path, &journal_path)
             .map_err(|e| Failure::io("name the journal", &journal_path, &e.into()))?;
+        order::renamed(&new_path, &journal_path);
         if !sabotage::leaves_out("journal-create") {
             trees::sync_directory(&place.staging)?;
         }
@@ -103,23 +114,26 @@ impl Replacement {
             since: SystemTime::now(),
             opened: None,
             replicates: false,
+            away: None,
         };
         let state = State { journal, recorded, locks: Vec::new(), alone: None };
-        let replacement = Self { place, plan, state: Mutex::new(state) };
+        let counts = Arc::clone(counts);
+        let replacement = Self { place, plan, state: Mutex::new(state), counts };
+        replacement.counts.reach(Step::Staged, None);
         replacement.tell(Step::Staged);
         Ok(replacement)
     }
 
     /// Opens the install in a staging directory, to go on with it; `None` when its journal tells of
     /// none.
-    pub fn open(place: Place) -> Result<Option<Self>, Failure> {
+    pub fn open(place: Place, counts: &Arc<Counts>) -> Result<Option<Self>, Failure> {
         let (journal, records) = Journal::open(&place.journal())?;
         let Some(recorded) = Recorded::of(&records, &place)? else {
             return Ok(None);
         };
         let plan = recorded.plan.clone();
         let state = State { journal, recorded, locks: Vec::new(), alone: None };
-        Ok(Some(Self { place, plan, state: Mutex::new(state) }))
+        Ok(Some(Self { place, plan, state: Mutex::new(state), counts: Arc::clone(counts) }))
     }
 
     /// The last step.
@@ -147,9 +161,21 @@ impl Replacement {
         self.lock().recorded.opened.is_some()
     }
 
-    /// The staged tree waits again, after an install that was undone.
+    /// The staged tree waits again, after an install that was undone: only once the old tree stands.
     pub fn wait_again(&self) -> Result<(), Failure> {
-        self.record(Step::Staged)
+        match self.step() {
+            Step::Staged => Ok(()),
+            Step::RolledBack => self.record(Step::Staged),
+            step => Err(Failure::precondition(
+                "INSTALL_UNFINISHED",
+                format!(
+                    "the install of clones/{} stopped at step {} and was not undone: it cannot be \
+                     tried again; `marcot rollback` brings the old data back",
+                    self.plan.clone,
+                    step.name()
+                ),
+            )),
+        }
     }
 
     /// As the API shows it.
@@ -196,7 +222,7 @@ impl Replacement {
             }
             // Nothing tells the trees apart but what the journal says was begun.
             Form::Move => Ok(match self.step() {
-                Step::Staged | Step::Stopped | Step::RolledBack => Standing::Old,
+                Step::Staged | Step::Stopped | Step::RolledBack | Step::LettingGo => Standing::Old,
                 Step::SettingAside | Step::PuttingIn | Step::TakingOut | Step::PuttingBack => {
                     Standing::Between
                 }
@@ -240,6 +266,11 @@ impl Replacement {
         let payload = encode(&At { unix_seconds: at.as_secs() })?;
         let mut state = self.lock();
         state.journal.append(step as u8, &payload)?;
+        let before = state.recorded.step;
+        let took = now.duration_since(state.recorded.since).unwrap_or_default();
+        let waited = before == Step::Opened || (before == Step::Staged && self.plan.waits);
+        // A wait for a person is no step's work.
+        self.counts.reach(step, (!waited).then_some((before, took)));
         state.recorded.step = step;
         state.recorded.since = now;
         if step == Step::Opened {
@@ -256,6 +287,63 @@ impl Replacement {
         state.journal.append(REPLICATES, &[])?;
         state.recorded.replicates = true;
         Ok(())
+    }
+
+    /// Before a server that runs without this recipient is stopped for the install: whatever becomes of
+    /// the install, it is to be started again.
+    pub fn note_away(&self) -> Result<(), Failure> {
+        self.note_server(true)
+    }
+
+    /// It has been started for everybody.
+    pub fn note_back(&self) -> Result<(), Failure> {
+        self.note_server(false)
+    }
+
+    fn note_server(&self, away: bool) -> Result<(), Failure> {
+        let mut state = self.lock();
+        if state.recorded.away.is_some() != away {
+            state.journal.append(if away { AWAY } else { BACK }, &[])?;
+            state.recorded.away = away.then_some(state.recorded.step);
+        }
+        Ok(())
+    }
+
+    /// The start command for everybody has been given: from here on the server is not stopped to be opened, and
+    /// is started again where it has not come up.
+    pub fn note_open(&self) -> Result<(), Failure> {
+        let mut state = self.lock();
+        if state.recorded.away.is_none() {
+            return Ok(());
+        }
+        state.recorded.away = Some(state.recorded.step);
+        state.journal.append(BACK, &[])?;
+        state.journal.append(AWAY, &[])
+    }
+
+    /// Whether that command has been given, and nobody has seen the server since.
+    #[must_use]
+    pub fn is_reopened(&self) -> bool {
+        self.lock().recorded.away == Some(Step::Opened)
+    }
+
+    /// The server runs, and its record could not be made: this process does not start it again.
+    pub fn forget_away(&self) {
+        self.lock().recorded.away = None;
+    }
+
+    /// Whether the server was stopped for the install, and has not been started for everybody since.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.lock().recorded.away.is_some()
+    }
+
+    /// Whether a server that runs on the clone may be closed still: it was not open to everybody before it was
+    /// stopped.
+    #[must_use]
+    pub fn may_be_closed(&self) -> bool {
+        let recorded = &self.lock().recorded;
+        recorded.step == Step::Opened && recorded.away.is_some_and(|at| at != Step::Opened)
     }
 
     /// Fails when the server was to be made a replica, and has not been: nobody has stored the
@@ -323,6 +411,16 @@ impl Replacement {
     /// The new tree takes the data directory's place: `Stopped` to `InPlace`.
     pub fn put_in_place(&self) -> Result<(), Failure> {
         self.known_standing()?;
+        if self.step() != Step::Staged {
+            return Err(Failure::precondition(
+                "NOT_WAITING",
+                format!(
+                    "the install of clones/{} has begun already (step {})",
+                    self.plan.clone,
+                    self.step().name()
+                ),
+            ));
+        }
         self.lock_trees()?;
         self.record(Step::Stopped)?;
         let place = &self.place;
@@ -330,20 +428,21 @@ impl Replacement {
         match place.form {
             Form::Exchange => {
                 self.record(Step::Exchanging)?;
-                trees::exchange(&place.data_directory, &place.new_tree())?;
+                trees::exchange(&place.data_directory, &place.new_tree(), "exchanged")?;
             }
             Form::Move => {
                 self.record(Step::SettingAside)?;
-                trees::take_out(&place.data_directory, &place.old_tree(), &place.strays())?;
+                let (data, strays) = (&place.data_directory, &place.strays());
+                trees::take_out(data, &place.old_tree(), strays, "setting_aside_half")?;
                 self.record(Step::PuttingIn)?;
-                trees::put_in(&place.new_tree(), &place.data_directory, &place.strays())?;
+                trees::put_in(&place.new_tree(), data, strays, "putting_in_half")?;
             }
         }
         self.record(Step::InPlace)
     }
 
-    /// The old tree comes back, from whatever step: to `RolledBack`.
-    pub fn put_back(&self) -> Result<(), Failure> {
+    /// The old tree comes back, from whatever step: to `RolledBack`. `why` is a label of metrics.
+    pub fn put_back(&self, why: &'static str) -> Result<(), Failure> {
         let standing = self.known_standing()?;
         if standing == Standing::Old {
             // What a crash has cut may stand, and not be durable yet.
@@ -355,7 +454,9 @@ impl Replacement {
                 Form::Move => self.move_back()?,
             }
         }
-        self.record(Step::RolledBack)
+        self.record(Step::RolledBack)?;
+        self.counts.roll_back(why);
+        Ok(())
     }
 
     fn exchange_back(&self, standing: Standing) -> Result<(), Failure> {
@@ -364,7 +465,7 @@ impl Replacement {
             return Err(self.refused());
         }
         self.record(Step::ExchangingBack)?;
-        let exchanged = trees::exchange(&place.data_directory, &place.new_tree());
+        let exchanged = trees::exchange(&place.data_directory, &place.new_tree(), "exchanged_back");
         if exchanged.is_err() && self.standing()? == Standing::New && before < Step::Accepted {
             // Nothing has moved: the clone stands as it did.
             self.record(before)?;
@@ -374,14 +475,15 @@ impl Replacement {
 
     fn move_back(&self) -> Result<(), Failure> {
         let place = &self.place;
+        let (data, strays) = (&place.data_directory, &place.strays());
         // Before `PuttingIn` nothing of the new tree is in the data directory, and what is still
         // there is the old tree's.
         if !matches!(self.step(), Step::SettingAside | Step::PuttingBack) {
             self.record(Step::TakingOut)?;
-            trees::take_out(&place.data_directory, &place.new_tree(), &place.strays())?;
+            trees::take_out(data, &place.new_tree(), strays, "taking_out_half")?;
         }
         self.record(Step::PuttingBack)?;
-        trees::put_in(&place.old_tree(), &place.data_directory, &place.strays())
+        trees::put_in(&place.old_tree(), data, strays, "putting_back_half")
     }
 
     /// The exchange was made and a crash came before its record: the record is made.
@@ -397,9 +499,11 @@ impl Replacement {
 
     /// The new tree is accepted: the old one goes, and with it the staging directory.
     pub fn accept(&self) -> Result<(), Failure> {
-        if self.known_standing()? != Standing::New {
+        let goes_on = self.step() == Step::Accepted && self.is_remainder()?;
+        if !goes_on && self.known_standing()? != Standing::New {
             return Err(self.refused());
         }
+        refuse_mounts_in(&self.place.staging)?;
         if self.step() != Step::Accepted {
             self.record(Step::Accepted)?;
         }
@@ -409,17 +513,51 @@ impl Replacement {
     /// The old tree stands, and nobody wants the new one: it goes, and with it the staging
     /// directory.
     pub fn let_go(&self) -> Result<(), Failure> {
-        if self.known_standing()? != Standing::Old {
-            return Err(self.refused());
-        }
+        self.begin_letting_go()?;
         self.remove()
     }
 
-    /// Removes the staging directory and all that is in it.
-    ///
-    /// The journal goes last: until then it says what the rest is.
-    fn remove(&self) -> Result<(), Failure> {
+    /// As `let_go`; where its server is stopped still, the journal stays to say so, and that nothing installs
+    /// what it keeps.
+    pub fn give_up(&self) -> Result<(), Failure> {
+        self.begin_letting_go()?;
+        if self.is_away() { Ok(()) } else { self.remove() }
+    }
+
+    /// Records that the new tree goes, before any of it has: from then on nothing installs what is left.
+    pub fn begin_letting_go(&self) -> Result<(), Failure> {
+        let goes_on = self.step() != Step::Accepted && self.is_remainder()?;
+        if !goes_on && self.known_standing()? != Standing::Old {
+            return Err(self.refused());
+        }
         refuse_mounts_in(&self.place.staging)?;
+        if self.step() != Step::LettingGo {
+            self.record(Step::LettingGo)?;
+        }
+        Ok(())
+    }
+
+    /// Whether what is here is the very tree that goes, and another stands in the data directory's place:
+    /// also where later clones have been installed there.
+    fn is_remainder(&self) -> Result<bool, Failure> {
+        let goes = match self.step() {
+            Step::RolledBack | Step::LettingGo => self.plan.new_inode,
+            Step::Accepted => self.plan.old_inode,
+            _ => return Ok(false),
+        };
+        if self.place.form == Form::Move || !self.place.data_directory.is_dir() {
+            return Ok(false);
+        }
+        let is_here = match self.place.new_tree().metadata() {
+            Ok(metadata) => metadata.ino() == goes,
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
+        };
+        Ok(is_here && inode(&self.place.data_directory)? != goes)
+    }
+
+    /// Removes the staging directory and all that is in it, the journal not before the trees: until then
+    /// it says what they are.
+    fn remove(&self) -> Result<(), Failure> {
         for tree in [self.place.new_tree(), self.place.old_tree()] {
             if tree.is_dir() {
                 // A server may run on a tree that somebody has found here.
@@ -447,13 +585,12 @@ impl Replacement {
 
 /// All installs of a data directory, to be gone on with. One whose journal cannot be read is an
 /// error: what it keeps must not be lost sight of.
-pub fn all(data_directory: &Path) -> Result<Vec<Replacement>, Failure> {
+pub fn all(data_directory: &Path, counts: &Arc<Counts>) -> Result<Vec<Replacement>, Failure> {
     let mut found = Vec::new();
     for place in Place::all(data_directory) {
-        if let Some(replacement) = Replacement::open(place)?
-            && is_of(&replacement.plan, data_directory)
-        {
-            found.push(replacement);
+        // A neighbour's recipient has its own open.
+        if Recorded::look(&place)?.is_some() {
+            found.extend(Replacement::open(place, counts)?);
         }
     }
     Ok(found)

@@ -34,11 +34,13 @@ pub enum Step {
     PuttingBack = 13,
     /// The old tree is the data directory again; the new one is kept aside.
     RolledBack = 14,
+    /// The old tree is the data directory, and the new one goes.
+    LettingGo = 15,
 }
 
 impl Step {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Staged,
         Self::Stopped,
         Self::Exchanging,
@@ -53,6 +55,7 @@ impl Step {
         Self::TakingOut,
         Self::PuttingBack,
         Self::RolledBack,
+        Self::LettingGo,
     ];
 
     /// Its name.
@@ -73,7 +76,15 @@ impl Step {
             Self::TakingOut => "taking_out",
             Self::PuttingBack => "putting_back",
             Self::RolledBack => "rolled_back",
+            Self::LettingGo => "letting_go",
         }
+    }
+
+    /// Whether an install that has ended here has left nothing but the old tree and a clone that nobody
+    /// asks for: unless it waits for a person, or a person has rolled it back.
+    #[must_use]
+    pub fn is_given_up(self) -> bool {
+        matches!(self, Self::Staged | Self::Stopped | Self::RolledBack | Self::LettingGo)
     }
 
     /// Of a journal's record.
@@ -102,6 +113,6 @@ mod tests {
             assert_eq!(step.to_wire() as i32, i32::from(step as u8));
         }
         assert_eq!(Step::of(0), None);
-        assert_eq!(Step::of(15), None);
+        assert_eq!(Step::of(16), None);
     }
 }

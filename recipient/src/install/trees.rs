@@ -19,17 +19,20 @@ use rustix::{
 
 use tracing::warn;
 
-use super::place::INNER_DIRECTORY;
-use crate::sabotage;
+use super::{hold::hold, place::INNER_DIRECTORY};
+use crate::{order, sabotage};
 
 /// Files that a server opens first, and in whose places the guards stand: without these MariaDB and
 /// MySQL make new ones, and with them a new database.
 const GUARDED_FILES: [&str; 2] = ["aria_log_control", "ibdata1"];
 
-/// Two directories change places by one rename, durable when this returns.
-pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
+/// Two directories change places by one rename, durable when this returns. `at` names the moment before
+/// that, for tests.
+pub(super) fn exchange(one: &Path, two: &Path, at: &str) -> Result<(), Failure> {
     rustix::fs::renameat_with(CWD, one, CWD, two, RenameFlags::EXCHANGE)
         .map_err(|e| Failure::io("exchange with the clone", one, &e.into()))?;
+    order::renamed(one, two);
+    hold(at);
     if !sabotage::leaves_out("exchange") {
         for path in [one, two] {
             sync_directory(path.parent().unwrap_or(Path::new("/")))?;
@@ -41,8 +44,14 @@ pub(super) fn exchange(one: &Path, two: &Path) -> Result<(), Failure> {
 /// Moves all entries of a data directory out into `aside`; guards stay.
 ///
 /// A server that somebody has started meanwhile may have made files before it met a guard. One whose
-/// name has been moved out already is such a stray, and goes to `strays`.
-pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Result<(), Failure> {
+/// name has been moved out already is such a stray, and goes to `strays`. `half` names the moment in which
+/// half of the entries have moved, for tests.
+pub(super) fn take_out(
+    data_directory: &Path,
+    aside: &Path,
+    strays: &Path,
+    half: &str,
+) -> Result<(), Failure> {
     make_directory(aside)?;
     // Entries that move out must not lose the directory that they are in.
     sync_moved(aside.parent().unwrap_or(Path::new("/")))?;
@@ -60,8 +69,12 @@ pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Re
         }
     }
     sync_moved(data_directory)?;
-    for name in entries(data_directory)? {
-        let (from, to) = (data_directory.join(&name), aside.join(&name));
+    let names = entries(data_directory)?;
+    for (moved, name) in names.iter().enumerate() {
+        if moved == names.len() / 2 {
+            hold(half);
+        }
+        let (from, to) = (data_directory.join(name), aside.join(name));
         if to.symlink_metadata().is_ok() {
             set_stray_aside(&from, strays)?;
         } else {
@@ -73,25 +86,35 @@ pub(super) fn take_out(data_directory: &Path, aside: &Path, strays: &Path) -> Re
 }
 
 /// Moves all entries of `from` into a data directory; the guards go last. What stands in the way
-/// there is a stray, as above.
-pub(super) fn put_in(from: &Path, data_directory: &Path, strays: &Path) -> Result<(), Failure> {
+/// there is a stray, as above, and `half` as well.
+pub(super) fn put_in(
+    from: &Path,
+    data_directory: &Path,
+    strays: &Path,
+    half: &str,
+) -> Result<(), Failure> {
     if !from.is_dir() {
         // A crash came before the first entry had moved out to it.
         return Ok(());
     }
-    for name in entries(from)? {
-        let to = data_directory.join(&name);
+    let names = entries(from)?;
+    for (moved, name) in names.iter().enumerate() {
+        if moved == names.len() / 2 {
+            hold(half);
+        }
+        let to = data_directory.join(name);
         if to.symlink_metadata().is_ok() {
             set_stray_aside(&to, strays)?;
         }
-        rename(&from.join(&name), &to)?;
+        rename(&from.join(name), &to)?;
     }
     sync_moved(data_directory)?;
     for name in GUARDED_FILES {
         let (guarded, file) = (data_directory.join(name), from.join(name));
         match rustix::fs::rmdir(&guarded) {
             // A file: this was done before.
-            Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Ok(()) => order::removed(&guarded),
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
             Err(e) => return Err(Failure::io("remove the guard", &guarded, &e.into())),
         }
         if file.symlink_metadata().is_ok() {
@@ -130,10 +153,15 @@ fn entries(directory: &Path) -> Result<Vec<OsString>, Failure> {
 
 fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            order::renamed(from, to);
+            Ok(())
+        }
         // A file system without the flag; nothing else moves files here.
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) if to.symlink_metadata().is_err() => {
-            rustix::fs::rename(from, to).map_err(|e| Failure::io("move", from, &e.into()))
+            rustix::fs::rename(from, to).map_err(|e| Failure::io("move", from, &e.into()))?;
+            order::renamed(from, to);
+            Ok(())
         }
         Err(Errno::EXIST | Errno::NOTEMPTY) => {
             let text = format!("{} stands in the way of {}", to.display(), from.display());
@@ -145,7 +173,11 @@ fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
 
 fn make_directory(path: &Path) -> Result<(), Failure> {
     match rustix::fs::mkdir(path, rustix::fs::Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Ok(()) => {
+            order::made(path);
+            Ok(())
+        }
+        Err(Errno::EXIST) => Ok(()),
         Err(e) => Err(Failure::io("create directory", path, &e.into())),
     }
 }
@@ -156,7 +188,9 @@ fn sync_moved(path: &Path) -> Result<(), Failure> {
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), Failure> {
     let sync = || File::open(path)?.sync_all();
-    sync().map_err(|e| Failure::io("sync directory", path, &e))
+    sync().map_err(|e| Failure::io("sync directory", path, &e))?;
+    order::synced(path);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -203,20 +237,20 @@ mod tests {
         rustix::fs::rename(data.join("schema"), old.join("schema")).unwrap();
         let (first, second) = (content(&new), 3);
         for _ in 0..2 {
-            take_out(&data, &old, &strays).unwrap();
+            take_out(&data, &old, &strays, "").unwrap();
         }
         assert_eq!(content(&old).len(), second);
         assert!(data.join("ibdata1").is_dir(), "no server starts on half a tree");
         rustix::fs::rename(new.join("schema"), data.join("schema")).unwrap();
         for _ in 0..2 {
-            put_in(&new, &data, &strays).unwrap();
+            put_in(&new, &data, &strays, "").unwrap();
         }
         assert_eq!(content(&data), first);
         for _ in 0..2 {
-            take_out(&data, &new, &strays).unwrap();
+            take_out(&data, &new, &strays, "").unwrap();
         }
         for _ in 0..2 {
-            put_in(&old, &data, &strays).unwrap();
+            put_in(&old, &data, &strays, "").unwrap();
         }
         assert!(content(&data).values().all(|mark| mark == "old"));
         assert_eq!(content(&new), first);
@@ -228,15 +262,15 @@ mod tests {
     fn strays_are_set_aside() {
         let (directory, data, new, old) = prepared();
         let strays = directory.path().join("strays");
-        take_out(&data, &old, &strays).unwrap();
+        take_out(&data, &old, &strays, "").unwrap();
         std::fs::write(data.join("ib_logfile0"), "stray").unwrap();
         std::fs::write(data.join("ddl_recovery.log"), "stray").unwrap();
-        put_in(&new, &data, &strays).unwrap();
+        put_in(&new, &data, &strays, "").unwrap();
         assert!(content(&data).values().all(|mark| mark == "new"));
-        take_out(&data, &new, &strays).unwrap();
+        take_out(&data, &new, &strays, "").unwrap();
         std::fs::write(data.join("ib_logfile0"), "stray").unwrap();
-        take_out(&data, &new, &strays).unwrap();
-        put_in(&old, &data, &strays).unwrap();
+        take_out(&data, &new, &strays, "").unwrap();
+        put_in(&old, &data, &strays, "").unwrap();
         assert!(content(&data).values().all(|mark| mark == "old"));
         assert!(content(&new).values().all(|mark| mark == "new"));
         assert_eq!(std::fs::read_dir(&strays).unwrap().count(), 2);

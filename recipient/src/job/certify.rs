@@ -83,7 +83,12 @@ impl CloneJob {
             }
             Ok((verified, digest.unwrap_or_default()))
         })
-        .await?;
+        .await
+        .inspect_err(|failure| {
+            if matches!(failure.reason.as_ref(), "VERIFICATION_FAILED" | "MANIFEST_MISMATCH") {
+                self.progress.counts.verification_failures.inc();
+            }
+        })?;
         info!(clone = %self.id, root = hexadecimal(&digest), "the copy is certified");
         self.status.update(|clone| clone.certificate_digest = Bytes::copy_from_slice(&digest));
         Ok(verified)
@@ -104,6 +109,7 @@ impl CloneJob {
             server_uuid: at.server_uuid.clone(),
             server_id: at.server_id,
             server_version: at.server_version.clone(),
+            binlog_lacks_replicated: at.binlog_lacks_replicated,
             ..Coordinates::default()
         });
         self.status.update(|clone| {
@@ -162,5 +168,6 @@ fn certified(at: &Coordinates) -> CertifiedCoordinates {
         server_uuid: at.server_uuid.clone(),
         server_id: at.server_id,
         server_version: at.server_version.clone(),
+        binlog_lacks_replicated: at.binlog_lacks_replicated,
     }
 }

@@ -1,7 +1,7 @@
 //! All clones of this recipient: at most one runs; the past ones are remembered.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -14,6 +14,7 @@ use marcot_common::{
     failure::Failure,
     host::path_bytes,
     in_use::{InUse, InUseError},
+    telemetry::spans::{BYTES, CLONE, fail, set_number},
 };
 use marcot_proto::recipient::v1 as pb;
 use tokio::sync::watch;
@@ -23,19 +24,25 @@ use tracing::{Instrument as _, Span, error, info, info_span, warn};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
+use self::{found::Found, measured::LastSuccess, space::Space};
 use super::{
     CloneJob, End,
     history::{CLONES_MAX, History},
     status::{self, CloneStatus},
 };
 use crate::{
-    install::replacement::Replacement, progress::Progress, request::CloneRequest,
-    server_control::ServerControl, settings::Settings,
+    counts::Counts, install::replacement::Replacement, preflight::binary_logs::KnownBase,
+    progress::Progress, request::CloneRequest, server_control::ServerControl, settings::Settings,
 };
 
+mod bring_back;
+mod found;
 mod installs;
 mod leftovers;
+mod measured;
+mod on_end;
 mod resumes;
+mod space;
 mod upkeep;
 mod verifications;
 
@@ -66,11 +73,16 @@ pub struct Clones {
     table: Mutex<Table>,
     /// Held while a finished clone is read again.
     verification: Mutex<()>,
+    /// Held while a running clone's record is copied and written.
+    saving: Mutex<()>,
     tasks: TaskTracker,
     /// Cancelled when this process ends, whatever still runs.
     leaving: CancellationToken,
     /// Whether the file system is nearly full while old data are kept.
     space_is_low: AtomicBool,
+    /// What trees take, looked at once in a while.
+    space: Mutex<Space>,
+    counts: Arc<Counts>,
     /// Of the state directory: one process writes there.
     _alone: Option<InUse>,
 }
@@ -82,13 +94,22 @@ struct Table {
     running: Option<Running>,
     /// Installs that keep a tree, by the clone's name.
     installs: BTreeMap<String, Arc<Replacement>>,
+    /// Clones that a start has found ended, whose end nobody was told of.
+    untold: Vec<pb::Clone>,
+    /// Clones whose server was stopped for data that were to be discarded, and is not back.
+    away: BTreeSet<String>,
+    /// Whether somebody starts a server again that was stopped for a clone.
+    brings_back: bool,
     /// A clone whose trees are being removed.
     removing: Option<String>,
+    /// A clone whose server is being started again.
+    starting: Option<String>,
     /// A clone that a stop of the service has interrupted.
     interrupted: Option<String>,
     draining: bool,
-    counts: Counts,
-    bytes: ByteTotals,
+    /// What ran last in this process, or runs.
+    shown: Option<Arc<CloneStatus>>,
+    last_success: Option<LastSuccess>,
 }
 
 /// What runs: a clone, or the install of one.
@@ -100,36 +121,13 @@ struct Running {
     job: Option<Arc<CloneJob>>,
 }
 
-/// Bytes counted since the start, for metrics.
+/// Bytes counted since the start.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct ByteTotals {
     /// Written to staging.
     pub data: u64,
     /// Received from donors.
     pub network: u64,
-    /// Nanoseconds that streams have waited for limits.
-    throttled: u64,
-}
-
-impl ByteTotals {
-    fn add(&mut self, progress: &Progress) {
-        self.throttled += progress.throttled.get();
-        self.data += progress.data_bytes.get();
-        self.network += progress.network_bytes.get();
-    }
-}
-
-/// Clones counted since the start, for metrics.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
-    /// Accepted.
-    pub started: u64,
-    /// Ended COMPLETED.
-    pub completed: u64,
-    /// Ended FAILED.
-    pub failed: u64,
-    /// Ended CANCELLED.
-    pub cancelled: u64,
 }
 
 impl Clones {
@@ -142,11 +140,27 @@ impl Clones {
     ) -> Result<Self, Failure> {
         let history = History::open(state_directory)?;
         let alone = one_process(state_directory)?;
-        let found = installs::reconcile(&settings, &control).await?;
+        let counts = Counts::default().shared();
+        let mut found = found::reconcile(&settings, &control, &counts).await?;
         let mut table = Table::default();
         for mut clone in history.load()? {
-            let install = found.iter().find(|found| clone.name == found.name());
-            let staged = install.is_none().then(|| resumes::look(&clone, &settings)).flatten();
+            let (had_ended, was_over) =
+                (status::is_final(clone.state), status::is_over(clone.state));
+            let is_cancelled = clone.requested_cancellation && !had_ended;
+            if control.is_independent() && resumes::is_away(&clone, &settings).await {
+                table.away.insert(clone.name.clone());
+            }
+            let install = found.iter_mut().find(|found| clone.name == found.name());
+            let install = match install {
+                // What was said stays said.
+                Some(install) if is_cancelled || had_ended => {
+                    install.give_up().await?;
+                    Some(&*install)
+                }
+                install => install.map(|install| &*install),
+            };
+            let looks = install.is_none() && !is_cancelled;
+            let staged = looks.then(|| resumes::look(&clone, &settings)).flatten();
             if let Some(Ok(())) = staged {
                 let waits = clone.state == i32::from(pb::State::AwaitingCredentials);
                 if !waits && !status::is_final(clone.state) {
@@ -157,15 +171,22 @@ impl Clones {
             {
                 resumes::keep_failed(&mut clone, failure);
                 history.save(&clone)?;
-            } else if installs::settle(&mut clone, install) {
+            } else if found::settle(&mut clone, install) {
                 if let Some(Err(failure)) = staged {
                     clone.error = Some(failure.to_wire());
                 }
                 history.save(&clone)?;
             }
+            if !had_ended && status::is_final(clone.state) {
+                counts.finish(&clone);
+            }
+            if !was_over && status::is_over(clone.state) {
+                table.untold.push(clone.clone());
+            }
+            table.note_success(&clone);
             table.past.insert(clone.name.clone(), clone);
         }
-        for found in found.into_iter().filter(installs::Found::keeps) {
+        for found in found.into_iter().filter(Found::keeps) {
             // The state directory may be another one than when the clone was made.
             let clone = table.past.entry(found.name()).or_insert_with(|| found.unknown_clone());
             clone.install = Some(found.replacement.to_wire());
@@ -177,9 +198,12 @@ impl Clones {
             control,
             table: Mutex::new(table),
             verification: Mutex::default(),
+            saving: Mutex::default(),
             tasks: TaskTracker::new(),
             leaving: CancellationToken::new(),
             space_is_low: AtomicBool::new(false),
+            space: Mutex::default(),
+            counts,
             _alone: alone,
         })
     }
@@ -210,7 +234,7 @@ impl Clones {
         let job = Arc::new(self.new_job(&id, request, origin));
         let clone = job.status.clone_resource();
         self.history.save(&clone)?;
-        table.counts.started += 1;
+        self.counts.started.inc();
         info!(clone = %id, statement = %clone.statement, user = %clone.user, "clone accepted");
         self.spawn(&mut table, job);
         Ok(clone)
@@ -219,6 +243,7 @@ impl Clones {
     /// Runs a clone in the one place there is.
     fn spawn(self: &Arc<Self>, table: &mut Table, job: Arc<CloneJob>) {
         let id = job.id.clone();
+        table.shown = Some(Arc::clone(&job.status));
         table.running = Some(Running {
             id: id.clone(),
             status: Arc::clone(&job.status),
@@ -228,12 +253,18 @@ impl Clones {
         let span = info_span!(parent: None, "clone", clone = %id);
         // An error means that no trace layer is installed, as in tests.
         drop(span.set_parent(Span::current().context()));
-        let clones = Arc::clone(self);
-        self.tasks.spawn(async move { clones.run(job).await }.instrument(span));
+        span.set_attribute(CLONE, format!("clones/{id}"));
+        job.status.spans.set_clone(span.clone());
+        let (clones, status) = (Arc::clone(self), Arc::clone(&job.status));
+        let work = async move {
+            clones.run(job).await;
+            status.spans.release();
+        };
+        self.tasks.spawn(work.instrument(span));
     }
 
     fn new_job(&self, id: &str, request: CloneRequest, origin: Origin) -> CloneJob {
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress::new(&self.counts));
         let clone = pb::Clone {
             name: format!("clones/{id}"),
             source: request.source_name(),
@@ -263,6 +294,7 @@ impl Clones {
             status: Arc::new(status),
             goes_on: false,
             donor_has_accounts: AtomicBool::new(false),
+            binlog_base: KnownBase::default(),
             pins: OnceLock::new(),
             journal: Mutex::default(),
             is_interrupted: AtomicBool::new(false),
@@ -292,7 +324,7 @@ impl Clones {
                     if is_next || saved.elapsed() >= SAVE_INTERVAL {
                         saved = Instant::now();
                         round = running_round(&clone);
-                        clones.save(&clone);
+                        clones.save_present(&status);
                     }
                 }
             }
@@ -310,13 +342,19 @@ impl Clones {
         let goes_on = is_interrupted && result.is_err() && job.can_be_gone_on_with(&result);
         if goes_on || job.install_is_left(&result) {
             info!("the service stops; the clone goes on when it is started again");
-            self.save(&job.status.clone_resource());
+            self.save_present(&job.status);
             self.lock().running = None;
             return;
         }
         let cancelled = job.cancel.is_cancelled();
         // A clone that had been installed when the cancel came is there, and says so.
         let clone = job.status.finish(&result, cancelled);
+        let span = Span::current();
+        set_number(&span, BYTES, clone.verified_bytes);
+        span.set_attribute("marcot.state", clone.state().as_str_name());
+        if let Err(failure) = &result {
+            fail(&span, failure);
+        }
         match &result {
             Ok(End::Completed) => info!(bytes = clone.verified_bytes, "clone completed"),
             Ok(End::AwaitsInstall) => info!("clone waits for its server to be stopped"),
@@ -329,30 +367,42 @@ impl Clones {
                 "clone failed"
             ),
         }
-        self.save(&clone);
+        self.save_present(&job.status);
+        let is_away =
+            self.control.is_independent() && resumes::is_away(&clone, &self.settings).await;
         let mut table = self.lock();
-        match &result {
-            // It has not ended.
-            Ok(End::AwaitsCredentials) => {}
-            Ok(_) => table.counts.completed += 1,
-            Err(_) if cancelled => table.counts.cancelled += 1,
-            Err(_) => table.counts.failed += 1,
+        table.away.remove(&clone.name);
+        if is_away {
+            table.away.insert(clone.name.clone());
+        }
+        if status::is_final(clone.state) {
+            self.note_end(&mut table, &clone);
         }
         table.running = None;
-        table.bytes.add(&job.progress);
         if let Some(replacement) = job.replacement.get().filter(|i| i.place.staging.exists()) {
             table.installs.insert(clone.name.clone(), Arc::clone(replacement));
         }
+        let ended = clone.clone();
         table.past.insert(clone.name.clone(), clone);
         while table.past.len() > CLONES_MAX {
-            if let Some((name, _)) = table.past.pop_first() {
-                self.history.remove(&name);
-            }
+            // The record of a clone whose install keeps a tree is what its accept or roll-back asks for.
+            let forgotten = table.past.keys().find(|name| !table.installs.contains_key(*name));
+            let Some(name) = forgotten.cloned() else { break };
+            table.past.remove(&name);
+            self.history.remove(&name);
         }
         drop(table);
         marcot_common::os::give_memory_back();
+        self.tell_end(&ended);
+        self.bring_server_back();
         // Last: whoever waits for the end may start the next clone at once.
         job.status.tell();
+    }
+
+    /// Writes a clone's record as it is now: several may do so, and the last one has the last word.
+    fn save_present(&self, status: &CloneStatus) {
+        let _one_at_a_time = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        self.save(&status.present());
     }
 
     fn save(&self, clone: &pb::Clone) {
@@ -411,11 +461,18 @@ impl Clones {
         let running = running(&self.lock(), name).cloned();
         if let Some(running) = running {
             if let Some(job) = running.job {
+                running.status.update(|clone| clone.requested_cancellation = true);
+                // Before the answer, and before the end, which may take a while: a recipient that is
+                // killed until then must not go on with the clone.
+                self.save_present(&running.status);
                 job.cancel.cancel();
             }
             return Ok(running.status.clone_resource());
         }
         let clone = self.get(name)?;
+        if self.lock().interrupted.take_if(|waits| *waits == clone.name).is_some() {
+            return self.cancel_interrupted(clone);
+        }
         if clone.state == i32::from(pb::State::AwaitingInstall) {
             return self.cancel_waiting(clone);
         }
@@ -441,6 +498,8 @@ impl Clones {
         let job = self.running_job(name, if paused { "pause" } else { "resume" })?;
         if job.gate.set_open(!paused) {
             job.status.set_paused(paused);
+            // Before the answer: a recipient that is killed after it goes on as it was told.
+            self.save_present(&job.status);
             info!(clone = %job.id, paused, "clone paused or resumed");
         }
         Ok(job.status.clone_resource())
@@ -451,6 +510,7 @@ impl Clones {
         let job = self.running_job(name, "limit")?;
         job.request.limits.change(asked)?;
         job.status.set_limits(job.request.limits.to_wire());
+        self.save_present(&job.status);
         let clone = job.status.clone_resource();
         info!(clone = %job.id, limits = ?clone.limits, "limits changed");
         Ok(clone)
@@ -478,27 +538,10 @@ impl Clones {
         self.lock().running.as_ref().map(|running| running.status.clone_resource())
     }
 
-    /// Clones counted since the start.
-    #[must_use]
-    pub fn counts(&self) -> Counts {
-        self.lock().counts
-    }
-
-    /// Time that streams of all clones have waited for limits since the start.
-    #[must_use]
-    pub fn throttled(&self) -> Duration {
-        Duration::from_nanos(self.byte_totals().throttled)
-    }
-
     /// Bytes of all clones since the start.
     #[must_use]
     pub fn byte_totals(&self) -> ByteTotals {
-        let table = self.lock();
-        let mut totals = table.bytes;
-        if let Some(job) = table.running.as_ref().and_then(|running| running.job.as_ref()) {
-            totals.add(&job.progress);
-        }
-        totals
+        ByteTotals { data: self.counts.data_bytes.get(), network: self.counts.network_bytes.get() }
     }
 
     /// Refuses new clones, stops the running one, and waits until it has ended: what it has copied is
@@ -515,6 +558,11 @@ impl Clones {
         }
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Waits until this process leaves what still runs.
+    pub async fn until_left(&self) {
+        self.leaving.cancelled().await;
     }
 
     /// Leaves whatever still runs where it is, for the next start: the server ends now, and an install
@@ -558,23 +606,33 @@ fn one_process(state_directory: &Path) -> Result<Option<InUse>, Failure> {
     }
 }
 
-/// One clone, install or removal at a time.
+/// One clone, install, removal or start of a server at a time.
 fn refuse_if_busy(table: &Table) -> Result<(), Failure> {
     if table.draining {
         let text = "the recipient is shutting down";
         return Err(Failure::new(Code::Unavailable, "DRAINING", text));
     }
     let running = table.running.as_ref().map(|running| running.status.clone_resource().name);
-    let Some(name) = running.or_else(|| table.removing.clone()) else {
-        return Ok(());
+    let (name, what) = match (running, &table.removing, &table.starting) {
+        (Some(name), ..) => {
+            let what = format!("{name} is running; wait for it, or cancel it");
+            (name, what)
+        }
+        (None, Some(name), _) => {
+            (name.clone(), format!("what {name} has left is being removed; wait for that"))
+        }
+        (None, None, Some(name)) => {
+            let what = format!(
+                "the server that was stopped for {name} is being started again; wait for that"
+            );
+            (name.clone(), what)
+        }
+        (None, None, None) => return Ok(()),
     };
     Err(Failure::new(
         Code::Aborted,
         "CLONE_IN_PROGRESS",
-        format!(
-            "Too many concurrent clone operations. Maximum allowed - 1. {name} is running; wait \
-             for it, or cancel it"
-        ),
+        format!("Too many concurrent clone operations. Maximum allowed - 1. {what}"),
     )
     .mysql(3634)
     .with("clone", name))

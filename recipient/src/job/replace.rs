@@ -1,27 +1,29 @@
 //! The part of a clone that replaces a server's data.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use marcot_common::failure::Failure;
 use marcot_engine::Advanced;
-use marcot_proto::common::v1 as pbc;
+use marcot_proto::{common::v1 as pbc, donor::v1::Outcome};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{CloneJob, End, status::CloneStatus};
 use crate::{
     install::{
-        generation, identity,
+        generation,
+        hold::hold,
+        identity,
         installer::Installer,
-        locks::server_on,
+        locks::{check_seen, server_on},
         place::{Form, Place},
-        replacement::{Replacement, Wishes},
+        replacement::{Replacement, Wishes, take_alone},
         step::Step,
     },
     replica,
     server_control::{FirstStart, ServerControl, not_managed},
     settings::Settings,
-    source::blocking,
+    source::{Source, blocking},
     staging::Staging,
     target::no_earlier_install,
 };
@@ -33,6 +35,15 @@ impl CloneJob {
             return staging.labelled_as(&self.request.target);
         }
         staging
+    }
+
+    /// Fails where the server is to replicate from the donor's, and could not: nothing has been
+    /// replaced yet.
+    pub(super) fn check_attachable(&self, done: &Advanced) -> Result<(), Failure> {
+        match &self.request.replicate_from {
+            Some(_) => replica::check_attachable(&done.coordinates.clone().unwrap_or_default()),
+            None => Ok(()),
+        }
     }
 
     /// The server replicates from the donor's, if that was asked for.
@@ -67,24 +78,53 @@ impl CloneJob {
         self.request.had_data && !self.request.discard_old_data_first
     }
 
-    /// The old data go before the first byte, where the caller has said so.
+    /// The old data go before the first byte, where the caller has said so. What a stop has left of
+    /// them goes when it is gone on with.
     pub(super) async fn discard_old_data(&self) -> Result<(), Failure> {
+        if !self.request.discard_old_data_first {
+            return Ok(());
+        }
+        blocking(|| {
+            hold("discard");
+            Ok(())
+        })
+        .await?;
         if !self.control.manages() {
             return Err(not_managed());
         }
+        self.check_cancelled()?;
+        // A donor beside this server may have begun to read them since that was looked at.
+        let _alone = take_alone(&self.request.target)?;
+        self.note_server(true).await?;
         warn!(clone = %self.id, "the server is stopped and its data are removed, as asked for");
         let (directory, id) = (self.request.target.clone(), self.id.clone());
-        let discarded = match self.control.stop().await {
-            Ok(()) => blocking(move || identity::discard_all_else(&directory, &id)).await,
-            Err(failure) => Err(failure),
-        };
-        let Err(failure) = discarded else { return Ok(()) };
-        if generation::was_discarded(&self.request.target) {
-            return Err(failure);
+        let mut discarded = self.control.stop().await;
+        if discarded.is_ok() {
+            blocking(|| {
+                hold("discard_stopped");
+                Ok(())
+            })
+            .await?;
+            // A stop may take minutes, in which somebody has thought better of it.
+            discarded = self.check_cancelled();
         }
+        if discarded.is_ok() {
+            discarded = blocking(move || identity::discard_all_else(&directory, &id)).await;
+        }
+        if discarded.is_err() && generation::was_discarded(&self.request.target) {
+            return discarded;
+        }
+        let Err(failure) = discarded else {
+            // The mark says from here on what becomes of the server.
+            self.note_back().await;
+            return Ok(());
+        };
         // Nothing has been removed.
         match self.control.start(FirstStart::No).await {
-            Ok(()) => Err(failure),
+            Ok(()) => {
+                self.note_back().await;
+                Err(failure)
+            }
             Err(start) => Err(Failure {
                 message: format!(
                     "{}; and the server could not be started again: {}",
@@ -95,8 +135,22 @@ impl CloneJob {
         }
     }
 
+    /// Where the server runs without this recipient, the next one has to know that it was stopped.
+    async fn note_server(&self, away: bool) -> Result<(), Failure> {
+        match self.journal().filter(|_| self.control.is_independent()) {
+            Some(journal) => blocking(move || journal.note_server(away)).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn note_back(&self) {
+        if let Err(failure) = self.note_server(false).await {
+            warn!(clone = %self.id, error = %failure, "that the server runs again could not be recorded");
+        }
+    }
+
     /// The staged tree replaces the server's data.
-    pub(super) async fn replace(&self, form: Form) -> Result<End, Failure> {
+    pub(super) async fn replace(&self, form: Form, source: &dyn Source) -> Result<End, Failure> {
         let place = Place::new(form, &self.request.target, &self.id);
         let is_managed = self.control.manages();
         let waits = !is_managed && server_on(&place.data_directory).is_some();
@@ -108,18 +162,30 @@ impl CloneJob {
             keep_old: self.settings.install.keep_old_data,
         };
         let target = self.request.target.clone();
+        let counts = Arc::clone(&self.progress.counts);
+        // Of data that were discarded nothing stands there.
+        let expected = if self.request.discard_old_data_first {
+            String::new()
+        } else {
+            self.request.expected_generation.clone()
+        };
         let replacement = blocking(move || {
-            // Another recipient may have begun one while this clone was copied.
+            // Another recipient may have begun one while this clone was copied, or ended one.
             no_earlier_install(&target)?;
-            Replacement::create(place, &wishes)
+            generation::check(&target, &expected)?;
+            check_seen(&target)?;
+            Replacement::create(place, &wishes, &counts)
         });
         let replacement = replacement.await.map(Arc::new)?;
         let replacement = Arc::clone(self.replacement.get_or_init(|| replacement));
         self.status.set_install(&replacement);
+        // The donor's part is done, and what goes on with this install from here needs nothing of it any more;
+        // its server need not keep anything for the restart here.
+        source.close(Outcome::Completed).await;
+        self.check_cancelled()?;
         if waits {
             return Ok(End::AwaitsInstall);
         }
-        self.check_cancelled()?;
         let leaving = self.leaving.clone();
         let installer =
             installer(&self.settings, &self.status, &self.control, replacement, leaving);
@@ -128,14 +194,25 @@ impl CloneJob {
         } else {
             installer.put_in_place_or_back().await?;
         }
-        if !self.has_old_data() {
-            // There is nothing to give back.
-            let replacement = Arc::clone(&installer.replacement);
-            blocking(move || replacement.accept()).await?;
-            self.status.set_install(&installer.replacement);
-        }
         self.status.end_stages();
         Ok(End::Completed)
+    }
+
+    /// Where there was nothing to give back, nothing is kept either: once all is done, for until then the
+    /// install's journal says what the clone is.
+    pub(super) async fn accept_what_had_no_data(
+        &self,
+        done: &Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let Some(replacement) = self.replacement.get().cloned() else { return Ok(()) };
+        let goes_on = done.is_err() && self.is_interrupted.load(Ordering::Relaxed);
+        if self.has_old_data() || goes_on {
+            return Ok(());
+        }
+        let accepted = Arc::clone(&replacement);
+        blocking(move || accepted.accept()).await?;
+        self.status.set_install(&replacement);
+        Ok(())
     }
 }
 

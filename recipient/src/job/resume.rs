@@ -5,7 +5,13 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use marcot_common::{failure::Failure, position::Position};
+use marcot_common::{
+    entry::{Change, Kind},
+    failure::Failure,
+    host::path_bytes,
+    path::RelativePath,
+    position::Position,
+};
 use marcot_proto::donor::v1::Outcome;
 use tonic::Code;
 use tracing::info;
@@ -16,6 +22,7 @@ use crate::{
     copy_journal::{
         CopyFound, CopyJournal, FILE_NAME, RoundFound, open_lists,
         record::{Begun, SnapshotOpened},
+        tells_of_a_snapshot,
     },
     donor_client::DonorSource,
     fetch::stopped,
@@ -60,6 +67,14 @@ impl CloneJob {
         match result {
             Ok(End::AwaitsCredentials) => true,
             Ok(_) => false,
+            // It has not come to its journal, and so has found nothing wrong with what is staged.
+            Err(failure)
+                if self.goes_on
+                    && self.journal().is_none()
+                    && !matches!(&*failure.reason, "RECIPIENT_RESTARTED" | "JOURNAL_CORRUPT") =>
+            {
+                !self.cancel.is_cancelled() || self.is_interrupted.load(Ordering::Relaxed)
+            }
             Err(_) if self.journal().is_none() && !self.has_older_staging() => false,
             Err(_) if self.is_interrupted.load(Ordering::Relaxed) => true,
             Err(_) if self.cancel.is_cancelled() => false,
@@ -85,11 +100,15 @@ impl CloneJob {
             return Ok(());
         };
         snapshot.entries_max = prepared.entries_max;
+        snapshot.verified_before = self.progress.verified_bytes.get();
+        snapshot.binlog_base = self.binlog_base.get().unwrap_or_default();
         snapshot.set_owners(prepared.owners);
         let begun = Begun {
             request: self.request.record.clone(),
             form: self.request.form.map(|form| form.name().to_owned()).unwrap_or_default(),
             had_data: self.request.had_data,
+            target: path_bytes(&self.request.target).into(),
+            planned_streams: u32::try_from(self.request.limits.planned_streams()).unwrap_or(0),
         };
         let directory = staging.directory().to_owned();
         let journal = blocking(move || CopyJournal::create(&directory, &begun, &snapshot)).await?;
@@ -146,8 +165,8 @@ impl CloneJob {
         .await
         {
             Ok((journal, found)) => (Arc::new(journal), found),
-            // Killed after the snapshot was lost, before another was opened.
-            Err(_) if !directory.join("tree").exists() && older.is_dir() => {
+            // Killed after the snapshot was lost, before another's journal was begun.
+            Err(_) if self.has_older_staging() && !tells_of_a_snapshot(&directory) => {
                 let found = CopyFound::look(&older)?;
                 self.note_donor(&found.snapshot);
                 return Err(lost("the recipient stopped before another snapshot was opened"));
@@ -188,7 +207,10 @@ impl CloneJob {
             reuse,
             entries_max: snapshot.entries_max,
         };
-        let result = self.copy_and_install(&prepared, &staging, Some(round)).await;
+        let result = match self.discard_old_data().await {
+            Ok(()) => self.copy_and_install(&prepared, &staging, Some(round)).await,
+            Err(failure) => Err(failure),
+        };
         self.close(prepared.source.as_ref(), &result).await;
         result
     }
@@ -198,6 +220,8 @@ impl CloneJob {
         let fingerprint = <[u8; 32]>::try_from(&snapshot.fingerprint[..]).ok();
         self.pins.get_or_init(|| (snapshot.encrypted, fingerprint));
         self.donor_has_accounts.store(!snapshot.key_seed.is_empty(), Ordering::Relaxed);
+        let base = Some(snapshot.binlog_base.clone()).filter(|base| !base.is_empty());
+        self.binlog_base.note(base);
     }
 
     /// The lists of a round that was being copied, and which of its units need not be copied again;
@@ -216,6 +240,16 @@ impl CloneJob {
         if is_first {
             self.status.set_estimate(round.position, list.totals(), false);
         }
+        for grown in &round.growing {
+            // The first bytes of a growing file are not read again.
+            let size = staging.size_of(&grown.path).map_err(|failure| lost(&failure.message))?;
+            if size < grown.durable {
+                return Err(lost(&format!(
+                    "{} has {size} bytes where it is staged, {} of it were durable",
+                    grown.path, grown.durable
+                )));
+            }
+        }
         self.growing.restore(round.growing);
         // The donor could not read them: they need not be there.
         let unread: HashSet<_> =
@@ -224,7 +258,8 @@ impl CloneJob {
         let plan = self.plan(prepared, &list, FinishedUnits::default())?;
         let (staging, cancel) = (Arc::clone(staging), self.cancel.clone());
         let progress = Arc::clone(&self.progress);
-        let (mut finished, mut is_whole) = (round.finished, true);
+        let (mut found, mut finished) = (round.finished, FinishedUnits::default());
+        let mut is_whole = true;
         blocking(move || {
             if is_first {
                 for entry in list.entries()? {
@@ -235,6 +270,9 @@ impl CloneJob {
                     staging.make(&entry)?;
                 }
             }
+            if !is_first {
+                check_there(&staging, &list, &whole, &unread)?;
+            }
             while let Some(unit) = plan.next()? {
                 let is_there = unit.parts.iter().all(|part| {
                     if unread.contains(&part.path) {
@@ -243,18 +281,50 @@ impl CloneJob {
                     let staged = staging.look(&part.path).map(|stat| stat.st_size);
                     staged.is_ok_and(|size| u64::try_from(size).is_ok_and(|size| size == part.size))
                 });
-                if !is_there && let Some(done) = finished.remove(&unit) {
-                    progress.take_back(&done);
+                match found.take(&unit) {
+                    Some(done) if is_there => finished.insert(done),
+                    Some(done) => {
+                        progress.take_back(&done);
+                        is_whole = false;
+                    }
+                    None => is_whole = false,
                 }
-                is_whole &= finished.contains(&unit);
             }
+            // Cut otherwise by another version: compared again, and counted once.
+            found.into_rest().for_each(|done| progress.take_back(&done));
             Ok((list, whole, (!is_whole).then_some(finished)))
         })
         .await
     }
 }
 
+/// Fails where a file is lost of which this round gives nothing, or not all: of pages that have not changed
+/// nothing comes, and zeros would stay in their place.
+fn check_there(
+    staging: &Staging,
+    list: &FileList,
+    whole: &FileList,
+    unread: &HashSet<RelativePath>,
+) -> Result<(), Failure> {
+    let mut comes = HashSet::new();
+    for entry in list.entries()? {
+        let entry = entry?;
+        if matches!(entry.change, Change::Add | Change::Replace) {
+            comes.insert(entry.path);
+        }
+    }
+    for entry in whole.entries()? {
+        let entry = entry?;
+        let is_file = matches!(entry.kind, Some(Kind::Regular { .. })) && !entry.growing;
+        let is_staged = !is_file || comes.contains(&entry.path) || unread.contains(&entry.path);
+        if !is_staged && staging.look(&entry.path).is_err() {
+            return Err(lost(&format!("{} is not staged any more", entry.path)));
+        }
+    }
+    Ok(())
+}
+
 /// The snapshot cannot be gone on with; what is staged serves another.
-fn lost(why: &str) -> Failure {
+pub(super) fn lost(why: &str) -> Failure {
     Failure::new(Code::NotFound, "UNKNOWN_SNAPSHOT", why.to_owned())
 }

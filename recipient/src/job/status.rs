@@ -17,24 +17,19 @@ use marcot_proto::{
 };
 use tokio::sync::watch;
 
-use super::End;
-use crate::{install::replacement::Replacement, progress::Progress, server_control::not_managed};
+use super::{End, stage_span::StageSpan};
+use crate::{
+    counts::{Counts, STAGES, duration},
+    install::replacement::Replacement,
+    progress::Progress,
+    server_control::not_managed,
+};
 
 /// Rates are means over this long: shorter ones jump with every sync of the disk.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 /// Nothing has moved for this long: the status says so.
 const STALL_AFTER: Duration = Duration::from_secs(10);
-
-/// The stages that a clone shows, in order.
-const STAGES: [Stage; 6] = [
-    Stage::FileCopy,
-    Stage::PageCopy,
-    Stage::RedoCopy,
-    Stage::FileSync,
-    Stage::Restart,
-    Stage::Recovery,
-];
 
 /// A clone's resource while it runs.
 #[derive(Debug)]
@@ -44,6 +39,8 @@ pub struct CloneStatus {
     progress: Arc<Progress>,
     /// Whether `progress` speaks of this clone; after a restart its resource says what it was.
     counts: bool,
+    /// Spans of what is done for it.
+    pub spans: StageSpan,
 }
 
 #[derive(Debug)]
@@ -51,11 +48,15 @@ struct Tracked {
     clone: pb::Clone,
     /// Counters at the present stage's begin.
     stage_base: (u64, u64),
+    /// Counters that the process's counts by stage have.
+    counted: (u64, u64),
     /// Whether the next stage to begin is one that an earlier run had begun.
     keeps_base: bool,
     /// Totals of first copies, for the estimate of time left.
     samples: VecDeque<(Instant, u64, u64)>,
     last_move: Instant,
+    /// Which place the clone waits for.
+    queued: Option<String>,
 }
 
 impl CloneStatus {
@@ -76,25 +77,32 @@ impl CloneStatus {
         let state = Tracked {
             clone,
             stage_base: (0, 0),
+            counted: (0, 0),
             keeps_base: false,
             samples: VecDeque::new(),
             last_move: Instant::now(),
+            queued: None,
         };
-        Self { state: Mutex::new(state), published, progress, counts: true }
+        let spans = StageSpan::default();
+        Self { state: Mutex::new(state), published, progress, counts: true, spans }
     }
 
     /// A clone whose install goes on after a restart of the recipient.
     #[must_use]
-    pub fn again(clone: pb::Clone) -> Self {
+    pub fn again(clone: pb::Clone, counts: &Arc<Counts>) -> Self {
         let (published, _) = watch::channel(clone.clone());
         let state = Tracked {
             clone,
             stage_base: (0, 0),
+            counted: (0, 0),
             keeps_base: false,
             samples: VecDeque::new(),
             last_move: Instant::now(),
+            queued: None,
         };
-        Self { state: Mutex::new(state), published, progress: Arc::default(), counts: false }
+        let progress = Arc::new(Progress::new(counts));
+        let spans = StageSpan::default();
+        Self { state: Mutex::new(state), published, progress, counts: false, spans }
     }
 
     /// A clone that goes on with what an earlier run of it has copied.
@@ -104,6 +112,7 @@ impl CloneStatus {
         clone.state = if is_paused { pb::State::Paused } else { pb::State::InProgress }.into();
         clone.error = None;
         clone.end_time = None;
+        clone.requested_cancellation = false;
         let present = clone.stages.iter().position(|row| {
             row.begin_time.is_some() && row.state != i32::from(pb::State::Completed)
         });
@@ -121,17 +130,39 @@ impl CloneStatus {
         let state = Tracked {
             clone,
             stage_base: base,
+            counted: (progress.data_bytes.get(), progress.network_bytes.get()),
             keeps_base: present.is_none(),
             samples: VecDeque::new(),
             last_move: Instant::now(),
+            queued: None,
         };
-        Self { state: Mutex::new(state), published, progress, counts: true }
+        let spans = StageSpan::default();
+        Self { state: Mutex::new(state), published, progress, counts: true, spans }
     }
 
     /// The resource as last published.
     #[must_use]
     pub fn clone_resource(&self) -> pb::Clone {
         self.published.borrow().clone()
+    }
+
+    /// The resource as it is, published or not.
+    #[must_use]
+    pub fn present(&self) -> pb::Clone {
+        self.lock().clone.clone()
+    }
+
+    /// When anything moved last: bytes, entries that the donor has looked at, a stage's begin.
+    #[must_use]
+    pub fn last_progress(&self) -> SystemTime {
+        let moved = self.lock().last_move.max(self.progress.retries.progressed());
+        SystemTime::now() - moved.elapsed()
+    }
+
+    /// Streams at work.
+    #[must_use]
+    pub fn streams(&self) -> u64 {
+        self.progress.streams.get()
     }
 
     /// Tells of every change.
@@ -162,9 +193,12 @@ impl CloneStatus {
         let now = Some(time::timestamp(SystemTime::now()));
         let running = row(&mut state.clone, stage).is_some_and(|row| row.begin_time.is_some());
         if running {
+            self.spans.begin(&state.clone.name, stage);
             return;
         }
         self.settle(&mut state);
+        self.end_span(&mut state, None);
+        self.spans.begin(&state.clone.name, stage);
         if !std::mem::take(&mut state.keeps_base) {
             let progress = &self.progress;
             state.stage_base = (progress.data_bytes.get(), progress.network_bytes.get());
@@ -172,7 +206,7 @@ impl CloneStatus {
         state.samples.clear();
         for row in &mut state.clone.stages {
             if row.stage < i32::from(stage) {
-                complete(row, now);
+                complete(row, now, &self.progress.counts);
             } else if row.stage == i32::from(stage) {
                 row.state = pb::State::InProgress.into();
                 row.begin_time = now;
@@ -185,6 +219,7 @@ impl CloneStatus {
     /// Another snapshot begins: so do the stages.
     pub fn begin_again(&self) {
         let mut state = self.lock();
+        self.end_span(&mut state, None);
         for row in &mut state.clone.stages {
             let stage = row.stage;
             *row = pb::StageProgress {
@@ -202,10 +237,11 @@ impl CloneStatus {
     pub fn end_stages(&self) {
         let mut state = self.lock();
         self.settle(&mut state);
+        self.end_span(&mut state, None);
         let now = Some(time::timestamp(SystemTime::now()));
         for row in &mut state.clone.stages {
             if row.state == i32::from(pb::State::InProgress) {
-                complete(row, now);
+                complete(row, now, &self.progress.counts);
             }
         }
         drop(state);
@@ -240,6 +276,21 @@ impl CloneStatus {
         });
     }
 
+    /// The clone waits for a place on the donor, or no more.
+    pub fn set_queued(&self, place: Option<String>) {
+        let mut state = self.lock();
+        let (waiting, running) = (pb::State::Queued.into(), pb::State::InProgress.into());
+        let (from, to) = if place.is_some() { (running, waiting) } else { (waiting, running) };
+        // Paused is the user's word.
+        if state.clone.state == from {
+            state.clone.state = to;
+        }
+        state.queued = place;
+        self.settle(&mut state);
+        drop(state);
+        self.publish();
+    }
+
     /// Sets the limits in force.
     pub fn set_limits(&self, limits: pb::CloneLimits) {
         self.update(|clone| clone.limits = Some(limits));
@@ -271,11 +322,13 @@ impl CloneStatus {
     pub fn finish(&self, result: &Result<End, Failure>, cancelled: bool) -> pb::Clone {
         let mut state = self.lock();
         self.settle(&mut state);
+        self.end_span(&mut state, result.as_ref().err());
         let now = Some(time::timestamp(SystemTime::now()));
         let clone = &mut state.clone;
         clone.end_time = now;
         clone.eta = None;
         clone.stall_reason.clear();
+        clone.held_back_reason.clear();
         let end = match result {
             Ok(End::Completed) => pb::State::Completed,
             Ok(End::AwaitsInstall) => pb::State::AwaitingInstall,
@@ -310,6 +363,12 @@ impl CloneStatus {
         self.publish();
     }
 
+    /// The span of the stage that runs ends, with what the stage has copied.
+    fn end_span(&self, state: &mut Tracked, failure: Option<&Failure>) {
+        let clone = &mut state.clone;
+        self.spans.end(|stage| row(clone, stage).map_or(0, |row| row.data_bytes), failure);
+    }
+
     fn publish(&self) {
         let clone = self.lock().clone.clone();
         self.published.send_if_modified(|published| {
@@ -335,6 +394,7 @@ impl CloneStatus {
             state.samples.pop_front();
         }
         let (data_speed, network_speed) = speeds(&state.samples);
+        let counted = std::mem::replace(&mut state.counted, (data, network));
         let stalled = now.saturating_duration_since(state.last_move);
         let base = state.stage_base;
         let clone = &mut state.clone;
@@ -352,11 +412,19 @@ impl CloneStatus {
             clone.stall_reason = format!("waits for the donor: {last_cause}");
         }
         clone.last_retry_cause = last_cause;
+        clone.held_back_reason = progress.held_back();
+        if let Some(place) = &state.queued {
+            clone.stall_reason.clone_from(place);
+        }
         let Some(row) =
             clone.stages.iter_mut().find(|row| row.state == i32::from(pb::State::InProgress))
         else {
             return;
         };
+        if let Ok(stage) = Stage::try_from(row.stage) {
+            let moved = (data.saturating_sub(counted.0), network.saturating_sub(counted.1));
+            progress.counts.move_in_stage(stage, moved.0, moved.1);
+        }
         row.data_bytes = data.saturating_sub(base.0);
         row.network_bytes = network.saturating_sub(base.1);
         row.threads = u32::try_from(progress.streams.get()).unwrap_or(u32::MAX);
@@ -392,9 +460,13 @@ fn row(clone: &mut pb::Clone, stage: Stage) -> Option<&mut pb::StageProgress> {
     clone.stages.iter_mut().find(|row| row.stage == i32::from(stage))
 }
 
-fn complete(row: &mut pb::StageProgress, now: Option<prost_types::Timestamp>) {
+fn complete(row: &mut pb::StageProgress, now: Option<prost_types::Timestamp>, counts: &Counts) {
     if row.state == i32::from(pb::State::Completed) {
         return;
+    }
+    let took = duration(row.begin_time.as_ref(), now.as_ref());
+    if let (Ok(stage), Some(took)) = (Stage::try_from(row.stage), took) {
+        counts.end_stage(stage, took);
     }
     row.state = pb::State::Completed.into();
     row.begin_time = row.begin_time.or(now);
@@ -451,8 +523,8 @@ fn awaits_install(clone: &pb::Clone) -> Failure {
     let failure = not_managed();
     let id = clone.name.rsplit('/').next().unwrap_or_default();
     let message = format!(
-        "{}; the clone is whole and waits: stop the server, run `marcot install {id}`, and start \
-         the server",
+        "{}; the clone is whole and waits: stop the server (`mariadb-admin shutdown` or `mysqladmin \
+         shutdown`, or its service), run `marcot install {id}`, and start the server",
         failure.message
     );
     Failure { message, ..failure }

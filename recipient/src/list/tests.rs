@@ -143,6 +143,45 @@ fn hard_links_are_found_by_the_file_that_they_name() {
     assert_eq!(backwards, [6, 4]);
 }
 
+/// A path of as many bytes as there can be.
+fn long_path(number: u64) -> RelativePath {
+    let names = std::iter::repeat_n("x".repeat(250), 15).chain([format!("{number:0150}")]);
+    path(&names.collect::<Vec<_>>().join("/"))
+}
+
+/// Guards memory against hard links to files of long paths: the targets are held. Without the bound of
+/// their bytes 256 Ki of them are a gigabyte.
+#[test]
+fn the_paths_of_hard_linked_files_are_bounded_in_bytes() {
+    let mut writer = ListWriter::create(&std::env::temp_dir()).unwrap();
+    for number in 0..4500 {
+        let named = Entry { path: long_path(number), ..file("f", number + 1, Change::Add) };
+        let kind = Some(Kind::HardLink { file_id: named.file_id });
+        writer.append(&named).unwrap();
+        writer.append(&entry("l", 1 << 40, Change::Add, kind)).unwrap();
+    }
+    let failure = writer.finish().unwrap().link_targets().unwrap_err();
+    assert_eq!(failure.reason, "LIST_LIMIT");
+    assert!(failure.message.contains("more than 16777216 bytes"), "{failure}");
+}
+
+/// Guards the disk against entries that are all attributes: a right list is a small part of the bound.
+#[test]
+fn a_list_is_bounded_in_bytes_by_its_entries() {
+    let mut receiver = ListReceiver::create(&std::env::temp_dir(), Position::FIRST, 9000).unwrap();
+    let value = vec![7; 60 << 10].into_boxed_slice();
+    let extended = vec![(b"user.x".to_vec().into_boxed_slice(), value)];
+    let failure = (0..9000).find_map(|number| {
+        let attributes = Attributes { extended: extended.clone(), ..Attributes::default() };
+        let named = file(&format!("{number:09}"), number + 1, Change::Add);
+        receiver.push(&Entry { number, attributes, ..named }).err()
+    });
+    let failure = failure.unwrap();
+    assert_eq!(failure.reason, "LIST_LIMIT");
+    assert!(failure.message.contains("4096 for each"), "{failure}");
+    assert!(receiver.next_number() > 1000, "{}", receiver.next_number());
+}
+
 proptest! {
     /// Rounds of files in one directory, against a map.
     #[test]

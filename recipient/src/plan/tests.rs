@@ -60,6 +60,15 @@ fn finished_units_are_passed_over_and_others_are_not() {
     assert_eq!(bytes, 3 * SEGMENT_BYTES + 1, "no segment of one stream is one of two streams");
 }
 
+/// Guards what is copied again after a kill: 48 MiB of large files in all, unless parts would be shorter
+/// than 8 MiB, or units of small files, which are not divided.
+#[test]
+fn what_streams_have_under_way_is_bounded() {
+    let of_parts = |streams: usize| (segment_bytes_max(streams) * streams as u64) >> 20;
+    assert_eq!([1, 2, 5, 6, 8, 32].map(of_parts), [48, 48, 45, 48, 64, 256]);
+    assert_eq!([1, 2, 8, 32].map(|streams| under_way_bytes_max(streams) >> 20), [48, 48, 136, 544]);
+}
+
 fn dense(sizes: &[u64]) -> Vec<(u64, u64)> {
     sizes.iter().map(|&size| (size, size)).collect()
 }
@@ -88,10 +97,14 @@ fn small_files_travel_together_and_a_large_one_in_segments() {
     assert_eq!(whole, [true, true, true, true, false, false, false, true]);
 }
 
+/// Guards what is hashed at one time, and the size of a request with its digests: a part of a file of
+/// holes is long, and has an end.
 #[test]
 fn a_file_of_holes_is_few_units_and_a_local_one_is_one() {
     let sparse = [(1 << 40, 4096)];
-    assert_eq!(units(&sparse, Cut::Segments).len(), 22);
+    let parts = units(&sparse, Cut::Segments);
+    assert_eq!(parts.len(), 2185);
+    assert!(parts.iter().all(|unit| unit.length() <= SEGMENT_SPAN_MAX));
     assert_eq!(units(&sparse, Cut::WholeFiles).len(), 1);
     let half = [(1 << 32, 1 << 31)];
     assert_eq!(units(&half, Cut::Segments).len(), 43);
@@ -126,5 +139,86 @@ proptest! {
         }
         prop_assert_eq!(done, sizes);
         prop_assert!(seen.into_iter().all(|seen| seen));
+    }
+}
+
+/// Guards memory: a unit holds the entries of its files, which a donor may make 68 KiB each.
+#[test]
+fn a_unit_ends_at_its_bytes_of_paths_and_attributes() {
+    let mut receiver =
+        ListReceiver::create(&std::env::temp_dir(), Position::FIRST, 10_000).unwrap();
+    let value = vec![7; 60 << 10].into_boxed_slice();
+    let extended = vec![(b"user.x".to_vec().into_boxed_slice(), value)];
+    let mut totals = Totals::default();
+    for number in 0..200 {
+        let entry = Entry {
+            number,
+            file_id: FileId(number + 1),
+            change: Change::Add,
+            path: RelativePath::new(format!("{number:06}").as_bytes()).unwrap(),
+            kind: Some(Kind::Regular { size: 1, allocated: 1 }),
+            attributes: Attributes { extended: extended.clone(), ..Attributes::default() },
+            growing: false,
+        };
+        totals.add(&entry);
+        receiver.push(&entry).unwrap();
+    }
+    let list = receiver.finish(totals).unwrap();
+    let plan =
+        FetchPlan::new(&list, &Arc::default(), Cut::Segments, 1, FinishedUnits::default()).unwrap();
+    let units: Vec<_> = std::iter::from_fn(|| plan.next().unwrap()).collect();
+    assert_eq!(units.iter().map(|unit| unit.parts.len()).sum::<usize>(), 200);
+    assert!(units.iter().all(|unit| unit.parts.len() <= 36), "{}", units.len());
+}
+
+/// Guards a unit of which every file has changed meanwhile: what its record says fits into one of the
+/// journal's. Without the bound on paths, or on why, the clone ends in an internal error.
+#[test]
+fn the_record_of_a_unit_of_files_that_all_have_changed_fits_into_the_journal() {
+    use crate::{
+        certificate::digests::DigestRun, copy_journal::record::Unread, journal::PAYLOAD_BYTES_MAX,
+        writer::Unfinished,
+    };
+    for path_bytes in [120, 190, 4000] {
+        let later = Position { round: 2, ..Position::FIRST };
+        let mut receiver = ListReceiver::create(&std::env::temp_dir(), later, 100_000).unwrap();
+        let mut totals = Totals::default();
+        let directories = vec!["d".repeat(150); path_bytes / 151].join("/");
+        for number in 0..4000 {
+            let name = format!("{directories}/{number:0width$}", width = path_bytes % 151 + 4);
+            let entry = Entry {
+                number,
+                file_id: FileId(u64::MAX - number),
+                change: Change::Replace,
+                path: RelativePath::new(name.trim_start_matches('/').as_bytes()).unwrap(),
+                kind: Some(Kind::Regular { size: 1, allocated: 1 }),
+                attributes: Attributes::default(),
+                growing: false,
+            };
+            totals.add(&entry);
+            receiver.push(&entry).unwrap();
+        }
+        let list = receiver.finish(totals).unwrap();
+        let none = FinishedUnits::default();
+        let plan = FetchPlan::new(&list, &Arc::default(), Cut::Segments, 1, none).unwrap();
+        let mut count = 0;
+        while let Some(unit) = plan.next().unwrap() {
+            let mut record = crate::copy_journal::unit_record(&unit);
+            for part in &unit.parts {
+                // Longer than any donor's that is honest, in characters of several bytes.
+                let failure = Failure::bug("\u{e4}".repeat(2000));
+                record.unfinished.push(Unread::from(&Unfinished { part: part.clone(), failure }));
+                let file_id = part.file_id.0;
+                record.digests.push(DigestRun {
+                    file_id,
+                    digests: vec![1; 32],
+                    ..Default::default()
+                });
+            }
+            count += unit.parts.len();
+            let bytes = prost::Message::encoded_len(&record);
+            assert!(bytes <= PAYLOAD_BYTES_MAX, "{bytes} bytes, of paths of {path_bytes}");
+        }
+        assert_eq!(count, 4000);
     }
 }

@@ -217,8 +217,16 @@ fn undo(rules: &Rules<'_>, findings: &mut Findings) {
     }
     let name = "innodb_undo_tablespaces";
     let theirs = rules.donor.server.variable(name);
-    let Some(ours) = rules.own.get(name) else { return };
-    if !theirs.is_empty() && theirs != ours.value {
+    if theirs.is_empty() {
+        return findings.not_checked(name, format!("the donor does not tell its {name}"));
+    }
+    let Some(ours) = rules.own.get(name).filter(|known| !known.value.is_empty()) else {
+        let text = format!("the donor's is {theirs}; {}", rules.own.why_not);
+        return findings.not_checked(name, text);
+    };
+    if theirs == ours.value {
+        findings.passed(name, format!("the donor's is {theirs}, {} {}", ours.origin, ours.value));
+    } else {
         findings.warning(
             name,
             format!("the donor's {name} is {theirs}, {} it is {}", ours.origin, ours.value),
@@ -303,47 +311,54 @@ fn not_running(own: &OwnServer, what: &str) -> String {
 /// Pages travel as they are on the disk: who has not the donor's keys cannot read them.
 fn encryption(donor: &DonorFacts, own: &OwnServer, findings: &mut Findings) {
     const CHECK: &str = "encryption_keys";
-    let Some(theirs) = &donor.server.encryption else {
+    let Some(encrypted) = donor.server.encrypted() else {
         return findings.not_checked(
             CHECK,
             "the donor does not tell whether its data are encrypted at rest (its account needs \
-             PROCESS)",
+             PROCESS; a donor of an older version does not ask for Aria's tables)",
         );
     };
-    if !theirs.needs_keys() {
-        return findings.passed(CHECK, "nothing of the donor's is encrypted at rest");
+    if encrypted.is_empty() {
+        let binlog = match donor.server.encrypts_binlog() {
+            true => "; its binary log is, and is not cloned",
+            false => "",
+        };
+        let text = format!("nothing of the donor's that is cloned is encrypted at rest{binlog}");
+        return findings.passed(CHECK, text);
     }
-    let ids = theirs.key_ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    let what = match (theirs.tablespaces, ids.as_str()) {
-        (0, _) => "the redo log is".to_owned(),
-        (count, "") => format!("{count} tablespaces are"),
-        (count, ids) => format!("{count} tablespaces are (keys {ids})"),
-    };
+    let what = encrypted.join(", ");
     let Some(ours) = &own.plugins else {
-        let text = format!("{what} encrypted; {}", not_running(own, "key plugins"));
+        let text = format!("encrypted: {what}; {}", not_running(own, "key plugins"));
         return findings.not_checked(CHECK, text);
     };
     let is_mysql = !donor.server.variable("version").contains("MariaDB");
-    let has_keys =
+    let by_plugin =
         ours.iter().any(|plugin| plugin.kind == "ENCRYPTION" || plugin.name.starts_with("keyring"));
-    if !has_keys && !is_mysql {
-        return findings.failed(
-            CHECK,
-            Failure::precondition(
-                "ENCRYPTION_KEYS",
-                format!(
-                    "on the donor {what} encrypted at rest, and the recipient's server has no key \
-                     management plugin (ENCRYPTION) that is active; configure the donor's there, with \
-                     the same keys"
-                ),
-            ),
-        );
+    let keeper = if is_mysql { "keyring component" } else { "key management plugin (ENCRYPTION)" };
+    match own.keyring_component.filter(|_| is_mysql) {
+        _ if by_plugin => {}
+        Some(true) => {}
+        None if is_mysql => {
+            let text = format!(
+                "encrypted at rest on the donor: {what}; the account on the recipient's server may \
+                 not ask for its keyring: grant it SELECT on \
+                 performance_schema.keyring_component_status"
+            );
+            return findings.not_checked(CHECK, text);
+        }
+        _ => {
+            let text = format!(
+                "encrypted at rest on the donor: {what}; the recipient's server has no {keeper} that \
+                 is active; configure the donor's there, with the same keys"
+            );
+            return findings.failed(CHECK, Failure::precondition("ENCRYPTION_KEYS", text));
+        }
     }
     // No server tells its keys.
     findings.not_checked(
         CHECK,
         format!(
-            "{what} encrypted at rest; whether the recipient's server has the donor's keys cannot be \
+            "encrypted at rest on the donor: {what}; whether the recipient's server has the donor's keys cannot be \
              asked: see that its key file or keyring is the donor's"
         ),
     );

@@ -36,6 +36,11 @@ impl DonorFacts {
         !self.server.variable("version").is_empty()
     }
 
+    /// Whether that is a MySQL.
+    pub(super) fn is_mysql(&self) -> bool {
+        self.has_server() && !self.server.variable("version").contains("MariaDB")
+    }
+
     /// Reads the donor's answer.
     pub(super) fn read(info: &GetServerInfoResponse) -> Result<Self, Failure> {
         for (what, count, most) in [
@@ -85,6 +90,7 @@ impl DonorFacts {
                     redo_log: e.redo_log,
                 }),
                 undo_files: Some(info.undo_files.clone()).filter(|list| !list.is_empty()),
+                keyring_component: None,
             },
         })
     }

@@ -55,6 +55,8 @@ pub(super) struct OwnServer {
     pub(super) collations: Option<Vec<String>>,
     /// Its active plugins.
     pub(super) plugins: Option<Vec<Plugin>>,
+    /// Of a MySQL: whether a component that keeps keys is active.
+    pub(super) keyring_component: Option<bool>,
     /// Why nothing more is known.
     pub(super) why_not: String,
 }
@@ -130,6 +132,7 @@ impl OwnServer {
         self.add(facts.variables, "of the running server");
         self.collations = facts.collations;
         self.plugins = facts.plugins;
+        self.keyring_component = facts.keyring_component;
         Ok(())
     }
 

@@ -1,7 +1,5 @@
 //! What the server whose data are to be replaced says of itself.
 
-use std::path::Path;
-
 use marcot_common::failure::Failure;
 use marcot_engine::{
     EngineConfig,
@@ -29,21 +27,20 @@ pub(super) async fn check(
     let Some(form) = request.form else { return };
     let database = engine.map(|engine| engine.database.clone()).unwrap_or_default();
     if database.socket.is_none() && database.url.is_none() {
-        findings.not_checked(CHECK, "no --database-socket to ask the server by");
-        return;
+        return not_asked(form, "no --database-socket to ask the server by", findings);
     }
     let of_surroundings = database.clone();
     let asked = blocking(move || health::ask_replaceable(&database)).await;
     let server = match asked {
         Ok(server) => server,
-        Err(failure) => {
-            findings.not_checked(CHECK, failure.message);
-            return;
-        }
+        Err(failure) => return not_asked(form, &failure.message, findings),
     };
     findings.add(CHECK, in_no_cluster(&server));
-    let ignored = server.ignored_directories.iter().any(|name| name == INNER_DIRECTORY);
-    if form == Form::Move && !ignored {
+    // MySQL has no such setting, and takes no directory for a schema.
+    let directories = server.ignored_directories.as_deref();
+    let is_shown =
+        directories.is_some_and(|names| names.iter().all(|name| name != INNER_DIRECTORY));
+    if form == Form::Move && is_shown {
         findings.warning(
             "ignore_db_dirs",
             format!(
@@ -51,15 +48,6 @@ pub(super) async fn check(
                 request.target.join(INNER_DIRECTORY).display()
             ),
             format!("set ignore_db_dirs={INNER_DIRECTORY} in the server's configuration"),
-        );
-    }
-    if let Some(binlog) = server.binlog_basename.filter(|path| is_outside(path, &request.target)) {
-        findings.warning(
-            "binlog_outside",
-            format!("the server's binary log, {binlog}, is outside the data directory and stays"),
-            "move it away before the server is opened on the clone: its positions are not those of \
-             the new data"
-                .to_owned(),
         );
     }
     if server.is_read_only {
@@ -73,7 +61,61 @@ pub(super) async fn check(
     }
     match blocking(move || facts::ask_surroundings(&of_surroundings)).await {
         Ok(found) => surroundings(&found, findings),
-        Err(failure) => findings.not_checked("replication", failure.message),
+        Err(failure) => not_told(&SURROUNDINGS, &failure.message, findings),
+    }
+}
+
+/// A check, what it looks at, and what a person does where nobody tells it.
+type Asked = (&'static str, &'static str, &'static str);
+
+/// What a server is asked of what it is part of.
+const SURROUNDINGS: [Asked; 3] = [
+    (
+        "replication",
+        "whether the server is a replica",
+        "if it is one, make it a replica again after the clone",
+    ),
+    (
+        "replicas",
+        "whether replicas read the server's binary log",
+        "if any do, make them replicas of another server, or clone them as well",
+    ),
+    (
+        "tables_outside",
+        "whether tables of the old data lie outside the data directory",
+        "if any do, remove them once the clone is accepted",
+    ),
+];
+
+/// What is asked of the server itself.
+const OWN: [Asked; 2] = [
+    (
+        CHECK,
+        "whether the server is a node of a cluster (Galera, Group Replication)",
+        "if it is one, take it out of the cluster first",
+    ),
+    ("read_only", "whether the server takes writes", "see that its configuration says so"),
+];
+
+/// What is asked of it where the install works inside its data directory.
+const MOVED: Asked = (
+    "ignore_db_dirs",
+    "whether a MariaDB would show the install's directory .marcot-install as a schema",
+    "set ignore_db_dirs=.marcot-install in its configuration",
+);
+
+/// Names all that a server would have been asked.
+fn not_asked(form: Form, why: &str, findings: &mut Findings) {
+    not_told(&OWN, why, findings);
+    if form == Form::Move {
+        not_told(&[MOVED], why, findings);
+    }
+    not_told(&SURROUNDINGS, why, findings);
+}
+
+fn not_told(checks: &[Asked], why: &str, findings: &mut Findings) {
+    for (check, what, action) in checks {
+        findings.not_checked(check, format!("{what}: {why}; {action}"));
     }
 }
 
@@ -131,16 +173,31 @@ fn in_no_cluster(server: &Replaceable) -> Result<String, Failure> {
     .mysql(3875))
 }
 
-fn is_outside(path: &str, data_directory: &Path) -> bool {
-    let path = Path::new(path);
-    path.is_absolute() && !path.starts_with(data_directory)
-}
-
 #[cfg(test)]
 mod tests {
     use marcot_proto::recipient::v1::FindingStatus;
 
     use super::*;
+
+    /// Guards against rules that are left out without a word where the server is stopped.
+    #[test]
+    fn all_that_a_server_could_not_be_asked_is_named() {
+        let surroundings = ["replication", "replicas", "tables_outside"];
+        for (form, own) in [
+            (Form::Exchange, &["server", "read_only"][..]),
+            (Form::Move, &["server", "read_only", "ignore_db_dirs"]),
+        ] {
+            let mut findings = Findings::default();
+            not_asked(form, "it is stopped", &mut findings);
+            let told: Vec<_> = findings.all().iter().map(|f| (&*f.check, f.status())).collect();
+            let expected = own.iter().chain(&surroundings);
+            let expected: Vec<_> = expected.map(|&c| (c, FindingStatus::NotChecked)).collect();
+            assert_eq!(told, expected);
+            let of_server = &findings.all()[0].message;
+            assert!(of_server.contains("Galera") && of_server.contains("stopped"), "{of_server}");
+        }
+        assert!(MOVED.1.contains(INNER_DIRECTORY) && MOVED.2.contains(INNER_DIRECTORY));
+    }
 
     #[test]
     fn what_a_server_is_part_of_is_told() {

@@ -7,7 +7,7 @@ use marcot_common::failure::Failure;
 use marcot_engine::{EngineConfig, innodb::paths};
 
 use super::Findings;
-use crate::{request::CloneRequest, source::blocking};
+use crate::{install::generation, request::CloneRequest, source::blocking};
 
 const CHECK: &str = "server_paths";
 
@@ -25,6 +25,10 @@ pub(crate) async fn check(
     if request.form.is_none() {
         return;
     }
+    if request.discard_old_data_first && generation::was_discarded(&request.target) {
+        // It was looked at before they went.
+        return findings.passed(CHECK, "the old data have been discarded for this clone");
+    }
     let database = engine.map(|engine| engine.database.clone()).unwrap_or_default();
     let target = request.target.clone();
     let asked = if database.socket.is_none() && database.url.is_none() {
@@ -40,19 +44,27 @@ pub(crate) async fn check(
     };
     match asked {
         Ok(()) => findings.passed(CHECK, "all that the server has is in its data directory"),
-        Err(why) => {
-            let by_program = paths::check_variables(variables, &request.target);
-            match by_program.and_then(|()| has_its_redo(&request.target)) {
-                Ok(()) => findings.warning(
-                    CHECK,
-                    format!("where the server keeps its files is not checked: {why}"),
-                    "see that innodb_log_group_home_dir and the like are the data directory, or \
-                     have the server run and give --database-socket"
-                        .to_owned(),
-                ),
-                Err(failure) => findings.failed(CHECK, failure),
-            }
-        }
+        Err(why) => by_what_it_left(&why, variables, &request.target, findings),
+    }
+}
+
+/// Without an answer nothing has passed: a server that is stopped may keep all of it elsewhere.
+fn by_what_it_left(
+    why: &str,
+    variables: &BTreeMap<String, String>,
+    data_directory: &Path,
+    findings: &mut Findings,
+) {
+    let by_program = paths::check_variables(variables, data_directory);
+    match by_program.and_then(|()| has_its_redo(data_directory)) {
+        Ok(()) => findings.not_checked(
+            CHECK,
+            format!(
+                "where the server keeps its files: {why}; see that innodb_log_group_home_dir and the \
+                 like are the data directory, or have the server run and give --database-socket"
+            ),
+        ),
+        Err(failure) => findings.failed(CHECK, failure),
     }
 }
 
@@ -75,7 +87,27 @@ fn has_its_redo(data_directory: &Path) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use marcot_proto::recipient::v1::FindingStatus;
+
     use super::*;
+
+    /// Guards R9 where no server can be asked: what was not looked at is not said to be right, and redo that
+    /// is not there is still noticed.
+    #[test]
+    fn where_no_server_can_be_asked_its_paths_are_not_checked() {
+        let directory = tempfile::tempdir().unwrap();
+        let told = || {
+            let mut findings = Findings::default();
+            by_what_it_left("it is stopped", &BTreeMap::new(), directory.path(), &mut findings);
+            let [finding] = findings.all() else { panic!("{findings:?}") };
+            (finding.status(), finding.message.clone())
+        };
+        let (status, message) = told();
+        assert_eq!(status, FindingStatus::NotChecked, "{message}");
+        assert!(message.contains("it is stopped") && message.contains("--database-socket"));
+        std::fs::write(directory.path().join("ibdata1"), "x").unwrap();
+        assert_eq!(told().0, FindingStatus::Failed);
+    }
 
     #[test]
     fn a_data_directory_without_its_redo_is_noticed_while_no_server_runs() {

@@ -6,17 +6,31 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use marcot_common::{entry::Totals, failure::Failure};
+use marcot_common::{entry::Totals, failure::Failure, shown::bytes};
 use rustix::fs::{Mode, OFlags};
 
 use super::findings::Findings;
 use crate::{
-    install::place::Form, job::staging_directories, request::CloneRequest, settings::Settings,
-    source::Opened, staging::allocated_bytes,
+    certificate::digests::{BLOCK_BYTES, DIGEST_BYTES},
+    install::place::Form,
+    job::staging_directories,
+    request::CloneRequest,
+    settings::Settings,
+    source::Opened,
+    staging::allocated_bytes,
 };
 
-/// Room that must stay on the file system beside the copy: lists, directories, rounding up.
+/// Least room that must stay on the file system beside the copy: lists, directories, rounding up.
 const SPACE_MARGIN_BYTES: u64 = 64 << 20;
+
+/// Of each block of 1 MiB that a file has begun: its digest in the copy's journal and in the table that
+/// the certificate is made of, and its line there, in hexadecimal digits behind a space.
+const BLOCK_BESIDE_BYTES: u64 = 4 * DIGEST_BYTES as u64 + 2;
+
+/// Of each entry: its record with a place in an index (80 to 124 bytes for names of 20 to 64 bytes), in
+/// three lists while rounds are merged; the journal's record of a small file (45), and the entry's line in
+/// the certificate, which mostly is a path.
+const ENTRY_BESIDE_BYTES: u64 = 3 * 124 + 45 + 64;
 
 /// Room for the history of clones, each a few KiB, and a few files at one time.
 const STATE_BYTES_MIN: u64 = 4 << 20;
@@ -31,27 +45,22 @@ pub(super) fn check(
     findings: &mut Findings,
 ) {
     let parent = &space_of(request);
-    match (opened, free_space(parent)) {
-        (Some(opened), Ok(free)) => {
-            let estimate = opened.estimate;
+    match opened {
+        Some(opened) => {
             let [_, lost] = staging_directories(&request.staging_parent(), clone_id);
             // A snapshot that was lost has left what the next one goes on with.
             let mut freed = allocated_bytes(&lost);
             if request.discard_old_data_first {
                 freed = freed.saturating_add(allocated_bytes(&request.target));
             }
-            let free = FreeSpace { bytes: free.bytes.saturating_add(freed), ..free };
-            findings.add("free_space", enough_bytes(parent, &free, estimate));
-            findings.add("free_inodes", enough_inodes(parent, &free, estimate));
-            check_largest(parent, estimate.largest_bytes, findings);
+            check_copy(parent, freed, opened.estimate, findings);
         }
-        (None, _) => {
+        None => {
             for check in ["free_space", "free_inodes", "file_size"] {
                 findings
                     .not_checked(check, "the donor has opened no snapshot, whose size it tells");
             }
         }
-        (_, Err(failure)) => findings.not_checked("free_space", failure.message),
     }
     let state = &settings.state_directory;
     if !is_one_file_system(parent, state) {
@@ -60,6 +69,24 @@ pub(super) fn check(
             Err(failure) => findings.not_checked("free_space_state", failure.message),
         }
     }
+}
+
+/// Room for the copy, with what is `freed` for it. Each check is told, also where nothing can be looked
+/// at: one that is missing would be taken for one that has passed.
+fn check_copy(parent: &Path, freed: u64, estimate: Totals, findings: &mut Findings) {
+    match free_space(parent) {
+        Ok(free) => {
+            let free = FreeSpace { bytes: free.bytes.saturating_add(freed), ..free };
+            findings.add("free_space", enough_bytes(parent, &free, estimate));
+            findings.add("free_inodes", enough_inodes(parent, &free, estimate));
+        }
+        Err(failure) => {
+            for check in ["free_space", "free_inodes"] {
+                findings.not_checked(check, failure.message.clone());
+            }
+        }
+    }
+    check_largest(parent, estimate.largest_bytes, findings);
 }
 
 /// The directory on whose file system the clone will be staged.
@@ -95,22 +122,31 @@ fn is_one_file_system(one: &Path, other: &Path) -> bool {
     }
 }
 
+/// What stands beside the copy until its end: journal, lists, table of digests; and its certificate.
+fn beside_bytes(estimate: Totals) -> u64 {
+    // Each file begins one block more than it fills, at the most.
+    let blocks = (estimate.size_bytes / BLOCK_BYTES).saturating_add(estimate.files);
+    let of_blocks = blocks.saturating_mul(BLOCK_BESIDE_BYTES);
+    let of_entries = estimate.entries.saturating_mul(ENTRY_BESIDE_BYTES);
+    of_blocks.saturating_add(of_entries).max(SPACE_MARGIN_BYTES)
+}
+
 fn enough_bytes(parent: &Path, free: &FreeSpace, estimate: Totals) -> Result<String, Failure> {
     let needed = estimate
         .allocated_bytes
         .min(estimate.size_bytes.saturating_add(estimate.files.saturating_mul(4096)))
-        .saturating_add(SPACE_MARGIN_BYTES);
+        .saturating_add(beside_bytes(estimate));
     if free.bytes >= needed {
-        return Ok(format!("{} of {} free", human_bytes(needed), human_bytes(free.bytes)));
+        return Ok(format!("{} of {} free", bytes(needed), bytes(free.bytes)));
     }
     Err(Failure::precondition(
         "DISK_SPACE",
         format!(
             "Clone estimated database size is {}. Available space {} is not enough: free {} on \
              the file system of {}",
-            human_bytes(needed),
-            human_bytes(free.bytes),
-            human_bytes(needed - free.bytes),
+            bytes(needed),
+            bytes(free.bytes),
+            bytes(needed - free.bytes),
             parent.display()
         ),
     )
@@ -130,7 +166,8 @@ fn enough_inodes(parent: &Path, free: &FreeSpace, estimate: Totals) -> Result<St
             free.inodes
         ),
     )
-    .mysql(3873))
+    .mysql(3873)
+    .with("action", "remove files there, or clone to a file system that was made with more inodes"))
 }
 
 fn enough_for_state(state: &Path, free: &FreeSpace) -> Result<String, Failure> {
@@ -138,8 +175,8 @@ fn enough_for_state(state: &Path, free: &FreeSpace) -> Result<String, Failure> {
         let text = format!(
             "the file system of --state-directory {} has {} free, {} are needed; free some",
             state.display(),
-            human_bytes(free.bytes),
-            human_bytes(STATE_BYTES_MIN)
+            bytes(free.bytes),
+            bytes(STATE_BYTES_MIN)
         );
         return Err(Failure::precondition("DISK_SPACE", text).mysql(3873));
     }
@@ -152,7 +189,7 @@ fn enough_for_state(state: &Path, free: &FreeSpace) -> Result<String, Failure> {
         );
         return Err(Failure::precondition("INODES", text).mysql(3873));
     }
-    Ok(format!("{} free for the history of clones", human_bytes(free.bytes)))
+    Ok(format!("{} free for the history of clones", bytes(free.bytes)))
 }
 
 /// Whether a file may become as large as the donor's largest: by this process's limit, which a signal
@@ -175,7 +212,7 @@ fn check_largest(parent: &Path, largest: u64, findings: &mut Findings) {
         }
     };
     findings.add(CHECK, match rustix::fs::ftruncate(&file, largest) {
-        Ok(()) => Ok(format!("the largest file has {}", human_bytes(largest))),
+        Ok(()) => Ok(format!("the largest file has {}", bytes(largest))),
         Err(e) => Err(Failure::precondition(
             "FILE_TOO_LARGE",
             format!(
@@ -203,20 +240,6 @@ fn within_limit(largest: u64, limit: Option<u64>) -> Result<(), Failure> {
     }
 }
 
-fn human_bytes(bytes: u64) -> String {
-    #[expect(clippy::cast_precision_loss, reason = "shown with two decimals")]
-    let mut value = bytes as f64;
-    let mut unit = "B";
-    for next in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    format!("{value:.2} {unit}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,14 +258,39 @@ mod tests {
     }
 
     #[test]
-    fn space_is_what_is_allocated_and_a_margin() {
+    fn space_is_what_is_allocated_and_what_stands_beside_it() {
         let parent = Path::new("/p");
-        let needed = (1 << 30) + SPACE_MARGIN_BYTES;
+        let needed = (1 << 30) + beside_bytes(ESTIMATE);
         enough_bytes(parent, &free(needed, 0, 0), ESTIMATE).unwrap();
         let failure = enough_bytes(parent, &free(needed - 1, 0, 0), ESTIMATE).unwrap_err();
         assert_eq!(failure.mysql_error, Some(3873));
-        let text = "Clone estimated database size is 1.06 GiB. Available space 1.06 GiB";
+        let text = "Clone estimated database size is 1.13 GiB. Available space 1.13 GiB";
         assert!(failure.message.starts_with(text), "{failure}");
+    }
+
+    /// Guards clones that fill the file system with what stands beside them: a TiB in large files has
+    /// 130 MiB, a million small files some 600; a small clone needs no more than it ever did.
+    #[test]
+    fn what_stands_beside_a_copy_grows_with_it() {
+        let totals = |files, size_bytes| Totals { entries: files, files, size_bytes, ..ESTIMATE };
+        assert_eq!(beside_bytes(totals(0, 0)), SPACE_MARGIN_BYTES);
+        assert_eq!(beside_bytes(totals(1_000, 100 << 30)), SPACE_MARGIN_BYTES);
+        assert_eq!(beside_bytes(totals(0, 1 << 40)) >> 20, 130);
+        assert_eq!(beside_bytes(totals(1_000_000, 1_000_000 << 14)) >> 20, 584);
+        assert_eq!(beside_bytes(totals(u64::MAX, u64::MAX)), u64::MAX);
+    }
+
+    /// Guards a list of findings that says of each check what became of it: without it two of three are
+    /// not told where the file system cannot be looked at.
+    #[test]
+    fn what_cannot_be_looked_at_is_not_checked_and_told_for_each_check() {
+        let mut findings = Findings::default();
+        let estimate = Totals { largest_bytes: 1, ..ESTIMATE };
+        check_copy(Path::new("/no/such/directory"), 0, estimate, &mut findings);
+        let told: Vec<_> = findings.all().iter().map(|f| (&*f.check, f.status())).collect();
+        let not_checked = marcot_proto::recipient::v1::FindingStatus::NotChecked;
+        let checks = ["free_space", "free_inodes", "file_size"];
+        assert_eq!(told, checks.map(|check| (check, not_checked)));
     }
 
     #[test]
@@ -252,6 +300,9 @@ mod tests {
         enough_inodes(parent, &free(0, 0, 0), ESTIMATE).unwrap();
         let failure = enough_inodes(parent, &free(0, 9, 100), ESTIMATE).unwrap_err();
         assert_eq!(failure.reason, "INODES");
+        let mut findings = Findings::default();
+        findings.failed("free_inodes", failure);
+        assert!(findings.all()[0].action.contains("more inodes"), "{findings:?}");
     }
 
     #[test]

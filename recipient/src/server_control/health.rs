@@ -152,7 +152,11 @@ fn is_schema(directory: &Path) -> bool {
     let Ok(mut files) = std::fs::read_dir(directory) else {
         return false;
     };
-    files.any(|file| file.is_ok_and(|file| file.path().extension().is_some_and(|e| e == "frm")))
+    // MySQL has neither db.opt nor .frm.
+    let is_table = |path: &Path| {
+        path.extension().is_some_and(|e| ["frm", "ibd", "sdi"].iter().any(|known| e == *known))
+    };
+    files.any(|file| file.is_ok_and(|file| is_table(&file.path())))
 }
 
 #[cfg(test)]

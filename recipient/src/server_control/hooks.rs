@@ -4,17 +4,30 @@ use std::{
     io::Read as _,
     path::PathBuf,
     process::Stdio,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use marcot_common::failure::Failure;
 use tokio::process::Command;
+use tracing::warn;
 
-use super::{FirstStart, Health, ServerControl, health::HealthCheck};
-use crate::{install::locks::server_on, supervise::children};
+use super::{FirstStart, Health, OPENS_MIN, ServerControl, health::HealthCheck};
+use crate::{
+    install::{hold::hold, locks::server_on},
+    source::blocking,
+    supervise::{Output, children},
+};
 
 /// Between two looks at a server that stops.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long a server answers, at every look, until it is not on its way down: that one takes no connections.
+const STANDS_AFTER: Duration = Duration::from_secs(3);
+
+/// How long a server that has ended is waited for to be started again by whoever runs it, as a service
+/// manager does.
+const GONE_AFTER: Duration = Duration::from_secs(15);
 
 /// Bytes of a command's output that its error tells.
 const OUTPUT_BYTES_MAX: u64 = 2000;
@@ -32,6 +45,18 @@ pub struct Hooks {
     pub health: HealthCheck,
     /// Longest life of one command.
     pub limit: Duration,
+    /// The process that was asked to stop and has not, as far as anybody has seen; at first one that an
+    /// earlier process of this recipient may have asked.
+    pub stopping: Mutex<Option<i32>>,
+    /// The server's error log, where that is known.
+    pub output: Output,
+}
+
+/// Whether a server is there that was started.
+#[derive(Debug, Default)]
+struct Presence {
+    was_there: bool,
+    missed_since: Option<Instant>,
 }
 
 impl Hooks {
@@ -41,6 +66,70 @@ impl Hooks {
             child.env("MARCOT_START", first.name());
         })
         .await
+    }
+
+    fn stopping(&self) -> MutexGuard<'_, Option<i32>> {
+        self.stopping.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the server that runs was asked to stop: only an answer shows that it stays.
+    fn is_asked_to_stop(&self) -> bool {
+        let asked = *self.stopping();
+        asked.is_some() && asked == server_on(&self.data_directory)
+    }
+
+    /// Tells when a server that was there has gone for too long.
+    fn has_gone(&self, presence: &Mutex<Presence>) -> Option<Failure> {
+        let is_there = server_on(&self.data_directory).is_some();
+        let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_there {
+            *presence = Presence { was_there: true, missed_since: None };
+            return None;
+        }
+        // One that ends soon after its start may be seen in its log alone.
+        presence.was_there |= self.output.has_begun();
+        if !presence.was_there {
+            return None;
+        }
+        let missed = presence.missed_since.get_or_insert_with(Instant::now).elapsed();
+        (missed >= GONE_AFTER).then(|| {
+            Failure::precondition(
+                "SERVER_NOT_HEALTHY",
+                format!(
+                    "the server on {} has ended, and no other one has come for {} s",
+                    self.data_directory.display(),
+                    GONE_AFTER.as_secs()
+                ),
+            )
+        })
+    }
+
+    /// Waits until a server that was asked to stop has, or answers for long enough: its stop has come to
+    /// nothing. Whether one runs then.
+    async fn settled(&self) -> Result<bool, Failure> {
+        let deadline = Instant::now() + self.limit;
+        loop {
+            let asked = *self.stopping();
+            let Some(pid) = asked.filter(|_| asked == server_on(&self.data_directory)) else {
+                *self.stopping() = None;
+                return Ok(false);
+            };
+            if self.stands().await == Some(true) {
+                *self.stopping() = None;
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::precondition(
+                    "SERVER_RUNNING",
+                    format!(
+                        "process {pid} still runs on {} and has been asked to stop: it is started again \
+                         once it has ended",
+                        self.data_directory.display()
+                    ),
+                ));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
     }
 }
 
@@ -87,7 +176,9 @@ fn tempfile_in_memory() -> std::io::Result<std::fs::File> {
 #[tonic::async_trait]
 impl ServerControl for Hooks {
     async fn stop(&self) -> Result<(), Failure> {
-        if server_on(&self.data_directory).is_none() {
+        let server = server_on(&self.data_directory);
+        *self.stopping() = server;
+        if server.is_none() {
             return Ok(());
         }
         self.run(&self.stop_command, FirstStart::No).await?;
@@ -106,22 +197,73 @@ impl ServerControl for Hooks {
             }
             tokio::time::sleep(LOOK_PAUSE).await;
         }
+        *self.stopping() = None;
         Ok(())
     }
 
     async fn start(&self, first: FirstStart) -> Result<(), Failure> {
-        self.run(&self.start_command, first).await
+        if self.settled().await? {
+            warn!("the server has not stopped, and answers: it is not started again");
+            return Ok(());
+        }
+        self.output.begin();
+        match self.run(&self.start_command, first).await {
+            // One that was given before a kill may have come first. Of a first start, which is closed to
+            // everybody, the install decides.
+            Err(failure)
+                if first != FirstStart::Yes && server_on(&self.data_directory).is_some() =>
+            {
+                warn!(error = %failure, "a server runs all the same: its health decides");
+                Ok(())
+            }
+            started => started,
+        }
     }
 
     async fn wait_healthy(&self, limit: Duration) -> Result<Health, Failure> {
-        self.health.wait(limit, || None).await
+        let presence = Mutex::default();
+        let healthy = self.health.wait(limit, || self.has_gone(&presence)).await;
+        healthy.map_err(|failure| self.output.told(failure))
+    }
+
+    async fn answers(&self) -> Option<bool> {
+        self.health.answers().await
     }
 
     async fn open(&self) -> Result<(), Failure> {
         self.stop().await?;
-        self.start(FirstStart::Opened).await?;
-        // What follows talks to it.
-        self.wait_healthy(self.limit).await.map(drop)
+        blocking(|| {
+            hold("opening");
+            Ok(())
+        })
+        .await?;
+        self.start(FirstStart::Opened).await
+    }
+
+    async fn wait_open(&self) -> Result<(), Failure> {
+        self.wait_healthy(self.limit.max(OPENS_MIN)).await.map(drop)
+    }
+
+    fn is_independent(&self) -> bool {
+        true
+    }
+
+    async fn stands(&self) -> Option<bool> {
+        let begun = Instant::now();
+        loop {
+            let answers = self.health.answers().await;
+            if answers.is_none() && self.is_asked_to_stop() {
+                return Some(false);
+            }
+            if answers != Some(true) || begun.elapsed() >= STANDS_AFTER {
+                return answers;
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+    }
+
+    fn outlives_recipient(&self) -> bool {
+        server_on(&self.data_directory).is_some()
     }
 
     fn manages(&self) -> bool {
@@ -130,5 +272,40 @@ impl ServerControl for Hooks {
 
     fn kind(&self) -> &'static str {
         "hooks"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use marcot_engine::DatabaseConfig;
+
+    use super::*;
+    use crate::install::locks::TreeLocks;
+
+    /// Guards a server on its way down where only a command tells of its health: as long as that fails, the
+    /// server does not stand, and is started again once it has ended.
+    #[tokio::test]
+    async fn a_server_that_was_asked_to_stop_does_not_stand_while_its_health_command_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let data_directory = directory.path().to_owned();
+        std::fs::write(data_directory.join("ibdata1"), "x").unwrap();
+        let _server = TreeLocks::take(&data_directory).unwrap();
+        let health = HealthCheck {
+            command: Some("exit 1".to_owned()),
+            database: DatabaseConfig::default(),
+            data_directory: data_directory.clone(),
+        };
+        let hooks = Hooks {
+            stop_command: "true".to_owned(),
+            start_command: "true".to_owned(),
+            stopping: Mutex::new(server_on(&data_directory)),
+            data_directory,
+            health,
+            limit: Duration::ZERO,
+            output: Output::new(None),
+        };
+        assert_eq!(hooks.stands().await, Some(false));
+        *hooks.stopping() = None;
+        assert_eq!(hooks.stands().await, None);
     }
 }

@@ -24,7 +24,10 @@ use super::{
     back_off::RestartPolicy,
     children::{self, OwnChild},
 };
-use crate::server_control::FirstStart;
+use crate::{install::locks::server_on, server_control::FirstStart};
+
+/// Between two looks whether a server that takes long to stop has stopped.
+const LATE_PAUSE: Duration = Duration::from_millis(200);
 
 /// A running child.
 struct Running {
@@ -43,6 +46,8 @@ pub(super) struct Actor {
     running: Option<Running>,
     /// Who waits for the child's end; it is not started again then.
     stopping: Vec<oneshot::Sender<()>>,
+    /// How it is started once it has ended: its stop took longer than anybody waits for.
+    late: Option<FirstStart>,
     /// When it is started again, and how.
     restart: Option<(tokio::time::Instant, FirstStart)>,
     /// The process group of the last child; it outlives a child that was a script.
@@ -68,6 +73,7 @@ impl Actor {
             status,
             running: None,
             stopping: Vec::new(),
+            late: None,
             restart: None,
             group,
             last_code: 0,
@@ -85,6 +91,7 @@ impl Actor {
                 },
                 status = wait(&mut self.running) => self.ended(status),
                 () = sleep_until(at) => self.start_again(),
+                () = tokio::time::sleep(LATE_PAUSE), if self.is_late() => self.start_late(),
             }
         }
     }
@@ -92,8 +99,20 @@ impl Actor {
     fn handle(&mut self, request: Request) {
         match request {
             Request::Start(first, done) => {
-                self.restart = None;
+                (self.restart, self.late) = (None, None);
                 let result = match &self.running {
+                    // It has let go of its files, and not ended.
+                    Some(running) if !self.stopping.is_empty() => {
+                        self.late = Some(first);
+                        Err(Failure::precondition(
+                            "SERVER_RUNNING",
+                            format!(
+                                "process {} has been asked to stop and has not ended: the server is \
+                                 started again once it has",
+                                running.pid
+                            ),
+                        ))
+                    }
                     Some(running) => Err(Failure::bug(format!(
                         "the server runs already, as process {}",
                         running.pid
@@ -107,6 +126,7 @@ impl Actor {
                 };
                 drop(done.send(result));
             }
+            Request::StartLate(first) => self.late = Some(first).filter(|_| !self.is_ending),
             Request::Stop(done) => self.stop(done),
             Request::Close => {
                 self.is_ending = true;
@@ -122,12 +142,15 @@ impl Actor {
                 if let Some((_, restart)) = &mut self.restart {
                     *restart = first;
                 }
+                if let Some(late) = &mut self.late {
+                    *late = first;
+                }
             }
         }
     }
 
     fn stop(&mut self, done: oneshot::Sender<()>) {
-        self.restart = None;
+        (self.restart, self.late) = (None, None);
         self.stopping.push(done);
         if self.running.is_some() {
             self.signal(Signal::TERM);
@@ -222,6 +245,20 @@ impl Actor {
                 self.set(Status::Waiting);
             }
             None => self.set(Status::Ended(code)),
+        }
+    }
+
+    /// Whether a server is to be started once nothing of the last one is left.
+    fn is_late(&self) -> bool {
+        self.late.is_some() && self.running.is_none() && !self.is_ending
+    }
+
+    fn start_late(&mut self) {
+        // A script in between may have ended before the server.
+        if server_on(&self.options.data_directory).is_none() {
+            let now = tokio::time::Instant::now();
+            self.restart = self.late.take().map(|first| (now, first));
+            self.set(Status::Waiting);
         }
     }
 

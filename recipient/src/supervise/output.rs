@@ -8,6 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use marcot_common::failure::Failure;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// Lines that are kept.
@@ -71,12 +72,12 @@ struct State {
 }
 
 impl Output {
-    pub(super) fn new(error_log: Option<PathBuf>) -> Self {
+    pub(crate) fn new(error_log: Option<PathBuf>) -> Self {
         Self { error_log, state: Mutex::default() }
     }
 
     /// Forgets what an earlier start has said.
-    pub(super) fn begin(&self) {
+    pub(crate) fn begin(&self) {
         let metadata = self.error_log.as_ref().and_then(|path| path.metadata().ok());
         let mut state = self.lock();
         *state = State { log_begin: metadata.map_or(0, |m| m.len()), ..State::default() };
@@ -122,6 +123,11 @@ impl Output {
         }
     }
 
+    /// Whether its log says that it has begun to start.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.logged() != Logged::Nothing
+    }
+
     /// The last lines that the server has marked as errors; without any, its last line.
     #[must_use]
     pub fn error_lines(&self) -> Vec<String> {
@@ -141,6 +147,16 @@ impl Output {
             if errors.is_empty() { lines.into_iter().rev().take(1).collect() } else { errors };
         let skipped = told.len().saturating_sub(ERROR_LINES_MAX);
         told.into_iter().skip(skipped).collect()
+    }
+
+    /// The failure, with what the server has logged as errors.
+    pub(crate) fn told(&self, failure: Failure) -> Failure {
+        let lines = self.error_lines();
+        if lines.is_empty() {
+            return failure;
+        }
+        let message = format!("{}; the server's log says: {}", failure.message, lines.join(" | "));
+        Failure { message, ..failure }
     }
 
     /// Lines of the error log, from where `begin` says for a log that ends there.

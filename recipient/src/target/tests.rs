@@ -1,16 +1,11 @@
 //! The path rules on real directories.
 
-use std::{
-    os::unix::fs::{PermissionsExt as _, symlink},
-    sync::Arc,
-};
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 
-use marcot_common::{connect::ClientTls, tls::Versions};
 use marcot_proto::recipient::v1::CloneLocalRequest;
 use tempfile::TempDir;
 
 use super::*;
-use crate::{limits::LimitDefaults, settings::InstallSettings};
 
 /// A directory with `data`, the recipient's own data directory, in it.
 struct Home {
@@ -23,23 +18,8 @@ impl Home {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("data");
         std::fs::create_dir(&data).unwrap();
-        let settings = Settings {
-            donors: Arc::default(),
-            data_directory: Some(data),
-            allow_directories: Vec::new(),
-            donor_tls: ClientTls::default(),
-            donor_tls_versions: Versions::default(),
-            engine: None,
-            limits: LimitDefaults::default(),
-            state_directory: directory.path().to_owned(),
-            expected_server: std::collections::BTreeMap::new(),
-            server_binary: None,
-            entries_max: 1,
-            donor_timeout: std::time::Duration::ZERO,
-            stall_timeout: std::time::Duration::ZERO,
-            certificate_signer: None,
-            install: InstallSettings::default(),
-        };
+        let settings =
+            Settings { data_directory: Some(data), ..Settings::for_tests(directory.path()) };
         Self { directory, settings }
     }
 

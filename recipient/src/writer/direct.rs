@@ -25,7 +25,7 @@ const ALIGN: usize = 4096;
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Buffers of a stream: one fills, one is written, the others even out their pace. Four MiB a stream,
-/// in the formula of docs/operations.md.
+/// in the formula of ARCHITECTURE.md (Memory).
 const BUFFERS: usize = 4;
 
 /// Memory that begins at a multiple of `ALIGN`.

@@ -3,7 +3,10 @@
 mod support;
 
 use serde_json::Value;
-use support::{Ended, NAME, Recipient, Running, SECRET, Script, marcot, run, run_with_input};
+use support::{
+    Ended, NAME, Recipient, Running, SECRET, Script, address_on_a_network, marcot, run,
+    run_with_input,
+};
 
 fn statement() -> String {
     format!("CLONE INSTANCE FROM 'u'@'db1':4405 IDENTIFIED BY '{SECRET}' DATA DIRECTORY '/srv/new'")
@@ -30,6 +33,60 @@ async fn a_completed_clone_ends_with_0_its_stages_and_plain_lines() {
     let asked = recipient.asked.lock().unwrap();
     assert_eq!(asked.statements[0].statement, statement());
     assert_eq!(asked.watches.len(), 1);
+}
+
+/// Guards a password that was typed as an argument, where every user of the host can read it: that is
+/// said, and the password not once more. Without the look at where the statement is from nothing is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_in_an_argument_is_warned_of_and_not_shown() {
+    let warned = |ended: &Ended| ended.stderr.contains("warning: the statement holds a password");
+    let (ended, recipient) = sql(Script::Completes, &[]).await;
+    assert!(ended.code == Some(0) && warned(&ended), "{ended:?}");
+    assert!(!ended.stderr.contains(SECRET) && !ended.stdout.contains(SECRET), "{ended:?}");
+    let ended = run_with_input(recipient.marcot(&["sql", "-"]), &statement()).await;
+    assert!(ended.code == Some(0) && !warned(&ended), "{ended:?}");
+    let without = "CLONE LOCAL DATA DIRECTORY = '/srv/new'";
+    let ended = run(recipient.marcot(&["sql", without])).await;
+    assert!(ended.code == Some(0) && !warned(&ended), "{ended:?}");
+}
+
+/// Guards passwords on a network: none leaves the program over a connection that others may listen to, in
+/// whatever it stands. Without `guard` the first of these clones completes, and the rest are asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_is_not_sent_in_clear_over_a_network() {
+    let Some(address) = address_on_a_network() else {
+        eprintln!("not run: this host has no address but its loopback");
+        return;
+    };
+    let recipient = Recipient::start_at(Script::Completes, address).await;
+    let (statement, directory) = (statement(), ["--data-directory", "/srv/new"]);
+    let attach = ["--attach-replica", "repl"];
+    let instance = ["clone", "--donor", "db1:1", "--donor-user", "u"];
+    let local = "CLONE LOCAL DATA DIRECTORY = '/srv/new'";
+    let ask = async |arguments: &[&str]| {
+        let mut command = recipient.marcot(arguments);
+        command.env("MARCOT_DONOR_PASSWORD", SECRET).env("MARCOT_REPLICATION_PASSWORD", SECRET);
+        run(command).await
+    };
+    for arguments in [
+        vec!["sql", &statement],
+        vec!["validate", "sql", &statement],
+        [&["sql", local][..], &attach].concat(),
+        [&instance[..], &directory].concat(),
+        [&["local"][..], &directory, &attach].concat(),
+        vec!["resume", NAME],
+    ] {
+        let ended = ask(&arguments).await;
+        assert_eq!(ended.code, Some(1), "{arguments:?}: {ended:?}");
+        assert!(ended.stderr.contains("(SECRET_IN_CLEAR)"), "{arguments:?}: {ended:?}");
+    }
+    {
+        let asked = recipient.asked.lock().unwrap();
+        assert!(asked.statements.is_empty() && asked.instances.is_empty(), "{asked:?}");
+        assert!(asked.locals.is_empty(), "{asked:?}");
+    }
+    let ended = ask(&[&["local"][..], &directory].concat()).await;
+    assert_eq!(ended.code, Some(0), "there is none in it: {ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

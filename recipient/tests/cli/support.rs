@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails here")]
 
 use std::{
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
@@ -78,7 +79,11 @@ pub(crate) struct Recipient {
 
 impl Recipient {
     pub(crate) async fn start(script: Script) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at(script, Ipv4Addr::LOCALHOST.into()).await
+    }
+
+    pub(crate) async fn start_at(script: Script, address: IpAddr) -> Self {
+        let listener = TcpListener::bind((address, 0)).await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::new(Mutex::new(Asked::default()));
         let mock = Mock { script, asked: Arc::clone(&asked), cancelled: watch::Sender::new(false) };
@@ -100,6 +105,14 @@ impl Recipient {
         command.env("MARCOT_RECIPIENT", &self.address);
         command
     }
+}
+
+/// An address of this host that others could reach, if it has one: the one that a packet would leave from.
+pub(crate) fn address_on_a_network() -> Option<IpAddr> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    // Nothing is sent.
+    socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|address| !address.is_loopback())
 }
 
 /// The program, without this environment's settings.

@@ -2,11 +2,14 @@
 //! without transactions. Of the latter, rows with numbers of their own and counters show a copy of a
 //! wrong moment: a replica that applies a statement twice has a row or a count too many.
 
+use std::time::Duration;
+
 use mysql::{Conn, prelude::Queryable as _};
 
 use super::{Random, Shared, errors::CHANGES};
 
-pub(super) fn change_rows(shared: &Shared, conn: &mut Conn) {
+/// Rests for `pause` after each statement.
+pub(super) fn change_rows(shared: &Shared, conn: &mut Conn, pause: Duration) {
     let mut random = Random(99);
     while !shared.stopped() {
         let k = random.below(1000);
@@ -34,6 +37,9 @@ pub(super) fn change_rows(shared: &Shared, conn: &mut Conn) {
             && !shared.may_meet("mix", CHANGES, &sql, &error)
         {
             return;
+        }
+        if !pause.is_zero() {
+            std::thread::park_timeout(pause);
         }
     }
 }

@@ -76,6 +76,14 @@ impl Pace {
         paces
     }
 
+    /// The longest time in which nobody took a count: no thread of this process had its turn.
+    pub(super) fn longest_stall(&self, from: Instant, to: Instant) -> Duration {
+        let samples = lock(&self.samples);
+        let pairs = samples.windows(2).filter(|pair| pair[1].0 >= from && pair[0].0 <= to);
+        let longest = pairs.map(|pair| pair[1].0 - pair[0].0).max();
+        longest.unwrap_or_default().saturating_sub(SAMPLE)
+    }
+
     fn between(&self, stage: &'static str, begun: Instant, ended: Instant) -> StagePace {
         let samples = lock(&self.samples);
         let duration = ended.saturating_duration_since(begun);

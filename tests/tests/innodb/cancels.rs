@@ -138,7 +138,11 @@ async fn a_cancel_in_page_copy_leaves_nothing() {
     let name = story.begin().await;
     let begun = story.live.lsn();
     // Redo outgrows its bound while files are copied slowly.
-    wait_for("redo beyond the bound", || (story.live.lsn() > begun + (80 << 20)).then_some(()));
+    wait_for("redo beyond the bound", || {
+        let update = "UPDATE mix.bulk SET v = REVERSE(v) WHERE id % 4 = 0 AND id < 35000";
+        drop(story.live.server.query(update));
+        (story.live.lsn() > begun + (80 << 20)).then_some(())
+    });
     story.proxy.limit(Some(4 * BYTES_PER_SECOND));
     story.stall_in(&name, Stage::PageCopy).await;
     story.cancel(&name).await;
@@ -150,6 +154,10 @@ async fn a_cancel_in_redo_copy_leaves_nothing() {
     let mut story = Story::start(&[]).await;
     story.proxy.limit(Some(BYTES_PER_SECOND));
     let name = story.begin().await;
+    // The first clone has had one as well.
+    let points = || story.live.donor.0.log().matches("the point is fixed").count();
+    wait_for("the point", || (points() == 2).then_some(()));
+    story.proxy.limit(Some(64 << 10));
     story.stall_in(&name, Stage::RedoCopy).await;
     story.cancel(&name).await;
 }

@@ -1,11 +1,9 @@
 //! Servers whose tables and log are encrypted: the copy has no key and needs none.
 
 use marcot_tests::{
-    killer::Blow,
     live::{Live, donor_with},
     load::{Load, LoadOptions},
     mariadb::Version,
-    wait_for,
 };
 
 use crate::matrix::{start, writers};
@@ -92,20 +90,10 @@ async fn encrypted_pages_are_sent_again_in_two_rounds() {
     let options = LoadOptions { rate: 200, rate_min: 0, ..writers() };
     let load = Load::start(&live.server, options);
     load.wait_for_commits(100);
-    let outgrow = || {
-        let begun = live.lsn();
-        wait_for("redo beyond the bound", || {
-            drop(live.server.query("UPDATE mix.bulk SET v = REVERSE(v) WHERE id % 4 = 0"));
-            (live.lsn() > begun + (26 << 20)).then_some(())
-        });
-    };
     live.clone_with("clone", load, |_| {
-        outgrow();
-        let pid = live.recipient.0.pid();
-        let killer = live.donor.0.strike_at_line("PAGE COPY round 1", pid, Blow::Freeze);
-        live.recipient.0.thaw();
-        let _at = killer.struck();
-        outgrow();
+        live.outgrow_the_log();
+        live.go_on_to_page_copy();
+        live.outgrow_the_log();
     })
     .await;
     assert!(live.donor.0.log().contains("PAGE COPY round 2"), "{}", live.donor.0.log());

@@ -18,7 +18,7 @@ use marcot_proto::{
 };
 use marcot_tests::{
     Proxy, Recipient,
-    client::wait_for_end,
+    client::{slowly, wait_for_end},
     clone_and_wait,
     killer::Blow,
     live::{Live, WRITERS, donor_with},
@@ -52,7 +52,7 @@ impl Frozen {
             port: live.donor.port().into(),
             user: "clone".to_owned(),
             data_directory: live.path("clone").display().to_string().into_bytes().into(),
-            options: Some(CloneOptions { block_ddl, ..Default::default() }),
+            options: Some(CloneOptions { block_ddl, ..slowly() }),
             ..Default::default()
         };
         let started = client.clone_instance(request).await.expect("the clone is accepted");
@@ -98,9 +98,8 @@ async fn a_database_killed_while_it_is_cloned_is_a_typed_error() {
 
 /// Guards R2: the server drops the holder of its locks when that is frozen. Without wait_timeout on
 /// the holder's connection, DDL waits until the donor goes on.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_donor_frozen_under_the_lock_holds_the_server_up_for_a_bounded_time() {
-    let live = Live::start(Version::V10_11, &[], 1 << 20);
+async fn a_donor_frozen_under_the_lock(version: Version) {
+    let live = Live::start(version, &[], 1 << 20);
     let load = busy(&live);
     let frozen = Frozen::start(&live, true).await;
     let blocked = live.server.try_query("SET lock_wait_timeout=1; CREATE TABLE ddl.now (id INT)");
@@ -115,19 +114,38 @@ async fn a_donor_frozen_under_the_lock_holds_the_server_up_for_a_bounded_time() 
     drop(load.stop());
 }
 
-/// Guards that the locks are their connection's: a killed donor's go with it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_donor_killed_under_the_lock_leaves_no_lock() {
-    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+async fn a_donor_frozen_under_the_lock_holds_the_server_up_for_a_bounded_time() {
+    a_donor_frozen_under_the_lock(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_frozen_under_the_lock_holds_the_server_up_for_a_bounded_time_in_11_8() {
+    a_donor_frozen_under_the_lock(Version::V11_8).await;
+}
+
+/// Guards that the locks are their connection's: a killed donor's go with it.
+async fn a_donor_killed_under_the_lock(version: Version) {
+    let mut live = Live::start(version, &[], 1 << 20);
     let load = busy(&live);
     let frozen = Frozen::start(&live, true).await;
     live.donor.0.kill();
     let took = time_of(&live, "SET lock_wait_timeout=50; CREATE TABLE ddl.later (id INT)");
-    assert!(took < Duration::from_secs(5), "DDL waited for {took:?}");
+    assert!(took < Duration::from_secs(15), "DDL waited for {took:?}");
     let failure = frozen.fail(&live).await;
     let text = "clone_donor_timeout_after_network_failure";
     assert!(failure.message.contains(text), "{failure:?}");
     drop(load.stop());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_killed_under_the_lock_leaves_no_lock() {
+    a_donor_killed_under_the_lock(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_donor_killed_under_the_lock_leaves_no_lock_in_11_8() {
+    a_donor_killed_under_the_lock(Version::V11_8).await;
 }
 
 /// Guards BACKUP STAGE END on the holder's own connection: one that was lost has no point.
@@ -162,7 +180,7 @@ async fn ddl_that_is_blocked_for_the_whole_clone_goes_on_after_it() {
     let clone = wait_for_end(&mut frozen.client, &frozen.name).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
     let took = time_of(&live, "SET lock_wait_timeout=50; CREATE TABLE ddl.later (id INT)");
-    assert!(took < Duration::from_secs(5), "DDL waited for {took:?}");
+    assert!(took < Duration::from_secs(15), "DDL waited for {took:?}");
     drop(load.stop());
 }
 
@@ -195,9 +213,9 @@ async fn locks_that_cannot_be_had_end_in_an_error_that_names_them() {
     live.clone_and_check("clone", load).await;
 }
 
-/// Guards R5, the quota of the spool: a clone that needs more than it costs another one nothing, and
-/// the first one's gap is closed by pages. That nobody reads what was freed (`dropped_to`) is not shown
-/// here: the second begins at a later checkpoint, and the story passes without it.
+/// Guards R5: a clone that needs more redo than the quota of the spool costs another one nothing, and the
+/// first one's gap is closed by pages. That the quota is kept (`keep_quota`), and that nobody reads what
+/// was freed (`dropped_to`), unit tests of the follower show: this passes without either.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_over_its_quota_costs_another_one_nothing() {
     let mut live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], BYTES);
@@ -293,7 +311,7 @@ async fn redo_that_outgrows_every_round_is_a_typed_error() {
     live.recipient.0.thaw();
     let clone = wait_for_end(&mut frozen.client, &frozen.name).await;
     let failure = clone.error.expect("a failed clone says why");
-    let reasons = ["REDO_NOT_CONVERGING", "REDO_SPOOL_FULL"];
+    let reasons = ["REDO_NOT_CONVERGING", "REDO_SPOOL_FULL", "REDO_OVERRUN"];
     assert!(reasons.contains(&failure.reason.as_str()), "{failure:?}");
     drop(load.stop());
 }
@@ -346,7 +364,10 @@ async fn a_cancel_ends_a_live_clone_and_frees_its_snapshot() {
 /// answered again, and the copy is right.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_clone_whose_connections_are_cut_over_and_over_is_right() {
-    let live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    let mut live = Live::start(Version::V10_11, &["--innodb-log-file-size=16M"], BYTES);
+    // Each try of the point takes a second or two, and may be cut.
+    live.recipient.0.kill();
+    live.restart_recipient();
     let proxy = Proxy::start(live.donor.0.address);
     proxy.limit(Some(40 << 20));
     let load = Load::start(
@@ -372,7 +393,7 @@ async fn a_live_clone_whose_connections_are_cut_over_and_over_is_right() {
                 std::thread::sleep(pause);
                 proxy.cut();
                 cuts += 1;
-                pause = pause.mul_f64(1.1).min(Duration::from_secs(3));
+                pause = pause.mul_f64(1.1).min(Duration::from_secs(20));
             }
             cuts
         }

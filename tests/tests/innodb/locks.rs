@@ -9,13 +9,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use marcot_proto::recipient::v1::{
-    CloneOptions, CloneStatementRequest, State, recipient_service_client::RecipientServiceClient,
+use marcot_common::{failure::Failure, login::CloneKey};
+use marcot_proto::{
+    donor::v1::{
+        ListSnapshotsRequest, OpenSnapshotRequest, RenewLeaseRequest,
+        donor_service_client::DonorServiceClient,
+    },
+    recipient::v1::{
+        CloneOptions, CloneStatementRequest, State,
+        recipient_service_client::RecipientServiceClient,
+    },
 };
 use marcot_tests::{
-    client::wait_for_end,
+    client::{begin, wait_for_end},
     killer::Blow,
-    live::{Live, WRITERS},
+    live::{Live, WRITERS, donor_with},
     load::{Load, LoadOptions},
     mariadb::Version,
     recipient, wait_for,
@@ -24,13 +32,13 @@ use tonic::transport::Channel;
 
 /// Longest that writers may wait when the holder of BLOCK_COMMIT is frozen: the server drops it
 /// after 2 s of silence, and looks at that timeout late when all cores are busy.
-const COMMITS_BLOCKED_MAX: Duration = Duration::from_secs(6);
+const COMMITS_BLOCKED_MAX: Duration = Duration::from_secs(15);
 
 /// Longest that DDL may wait when the holder of BLOCK_DDL is frozen: 20 s, and as above.
-const DDL_BLOCKED_MAX: Duration = Duration::from_secs(30);
+const DDL_BLOCKED_MAX: Duration = Duration::from_secs(45);
 
 /// Longest for a holder that was killed: its sockets close at once.
-const KILLED_MAX: Duration = Duration::from_secs(3);
+const KILLED_MAX: Duration = Duration::from_secs(10);
 
 /// How long writers and DDL waited, and what became of the clone.
 struct Outcome {
@@ -55,10 +63,7 @@ async fn strike(live: &mut Live, lock: &'static str, blow: Blow) -> Outcome {
         }
     });
     let mut client = recipient(&live.recipient).await;
-    let request =
-        CloneStatementRequest { statement: live.statement("clone", false), ..Default::default() };
-    let started = client.clone_statement(request).await.expect("the clone is accepted");
-    let name = started.into_inner().clone.expect("a clone").name;
+    let name = begin(&mut client, &live.statement("clone", false)).await;
     let at = wait_for("the blow", || *struck.lock().expect("nobody panics with it"));
     let sql = "SET lock_wait_timeout=50; CREATE TABLE ddl.later (id INT)";
     drop(live.server.query(sql));
@@ -100,7 +105,7 @@ async fn a_donor_frozen_while_ddl_is_blocked_blocks_it_for_seconds_and_commits_n
     let outcome = strike(&mut live, "BACKUP STAGE BLOCK_DDL", Blow::Freeze).await;
     assert!(outcome.ddl > Duration::from_secs(5), "no lock was held: {:?}", outcome.ddl);
     assert!(outcome.ddl < DDL_BLOCKED_MAX, "DDL waited for {:?}", outcome.ddl);
-    assert!(outcome.commits < Duration::from_secs(2), "commits waited: {:?}", outcome.commits);
+    assert!(outcome.commits < outcome.ddl / 2, "commits waited: {:?}", outcome.commits);
     // A small log may have come round while nobody followed it.
     let reasons = ["DATABASE_LOST", "REDO_OVERRUN"];
     let reason = outcome.reason.as_deref();
@@ -130,13 +135,13 @@ async fn a_donor_killed_while_ddl_is_blocked_leaves_no_lock() {
     clone_again(live).await;
 }
 
-/// Guards R2 from the first statement on: whatever a stage of BACKUP STAGE holds, the server lets it
-/// go when its holder has been silent for 20 s.
+/// Guards R2 before BLOCK_DDL: the first stages hold neither commits nor DDL, so that a donor that is
+/// frozen in one holds nobody up. (The bound on its silence is not what shows here: it passes without.)
 async fn a_donor_is_frozen_at(stage: &'static str) {
     let mut live = Live::start(Version::V10_11, &[], 1 << 20);
     let outcome = strike(&mut live, stage, Blow::Freeze).await;
     assert!(outcome.ddl < DDL_BLOCKED_MAX, "DDL waited for {:?}", outcome.ddl);
-    assert!(outcome.commits < Duration::from_secs(2), "commits waited: {:?}", outcome.commits);
+    assert!(outcome.commits < Duration::from_secs(10), "commits waited: {:?}", outcome.commits);
     let reasons = ["DATABASE_LOST", "REDO_OVERRUN"];
     let reason = outcome.reason.as_deref();
     assert!(reason.is_none_or(|reason| reasons.contains(&reason)), "{reason:?}");
@@ -217,7 +222,8 @@ async fn a_cut_that_fails_while_commits_are_blocked_lets_them_go_on_at_once() {
     let failure = clone.error.expect("the log table does not fit");
     assert_eq!(failure.reason, "LOCKED_SET_TOO_LARGE", "{failure:?}");
     // Less than the server's own patience with a silent holder.
-    assert!(commits < Duration::from_millis(1800), "commits waited for {commits:?}");
+    let most = Duration::from_millis(1800) + load.longest_stall(at, Instant::now());
+    assert!(commits < most, "commits waited for {commits:?}");
     assert!(ddl < KILLED_MAX, "DDL waited for {ddl:?}");
     let file = std::fs::File::options().write(true).open(&table).expect("the log table");
     file.set_len(0).expect("it was empty");
@@ -235,15 +241,60 @@ async fn a_database_killed_at_the_cut_is_a_typed_error() {
     let pid = live.server.pid();
     proxy.when_answered("BACKUP STAGE BLOCK_COMMIT", move || Blow::Kill.strike(pid));
     let mut client = recipient(&live.recipient).await;
-    let request =
-        CloneStatementRequest { statement: live.statement("clone", false), ..Default::default() };
-    let started = client.clone_statement(request).await.expect("the clone is accepted");
-    let name = started.into_inner().clone.expect("a clone").name;
+    let name = begin(&mut client, &live.statement("clone", false)).await;
     let clone = wait_for_end(&mut client, &name).await;
     let reason = clone.error.expect("a clone whose database is gone fails").reason;
     assert!(["DATABASE_LOST", "DATABASE_UNREACHABLE"].contains(&reason.as_str()), "{reason}");
     assert!(!live.path("clone").exists(), "a clone that failed left its directory");
     drop(load.end());
+}
+
+/// Guards the server's DDL against a recipient that is paused, or only renews the lease of a snapshot for
+/// which DDL waits. Without the shorter time for it (`LeastTaken::window`) DDL waits until its own timeout,
+/// a day by the default of the other one; a snapshot for which nothing waits is held on.
+#[tokio::test(flavor = "multi_thread")]
+async fn ddl_waits_no_longer_than_for_a_snapshot_of_which_something_is_read() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    let options = ["--ddl-block-idle-max", "8s"];
+    live.donor = donor_with(live.home.path(), &live.path("data"), &live.server, &options);
+    let url = format!("http://{}", live.donor.0.address);
+    let mut client = DonorServiceClient::connect(url).await.expect("it listens");
+    let mut opened = Vec::new();
+    let begun = Instant::now();
+    for block_ddl in [false, true] {
+        let key = CloneKey::generate().expect("random bytes");
+        let public_key = key.public_key().to_vec().into();
+        let request = OpenSnapshotRequest { public_key, block_ddl, ..Default::default() };
+        opened.push(client.open_snapshot(request).await.expect("opened").into_inner().snapshot);
+    }
+    let list = client.list_snapshots(ListSnapshotsRequest::default()).await.expect("listed");
+    let blocks: Vec<_> = list.into_inner().snapshots.iter().map(|held| held.blocks_ddl).collect();
+    assert_eq!(blocks, [false, true]);
+    let renewals = tokio::spawn(async move {
+        let mut ended = None;
+        while ended.is_none() {
+            for snapshot in &opened {
+                let renew = RenewLeaseRequest { snapshot: snapshot.clone(), ..Default::default() };
+                if let Err(status) = client.renew_lease(renew).await {
+                    ended = Some((snapshot == &opened[1], Failure::from_status(&status)));
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ended.expect("the loop has ended")
+    });
+    let sql = "SET lock_wait_timeout=60; CREATE TABLE ddl.later (id INT)";
+    tokio::task::block_in_place(|| drop(live.server.query(sql)));
+    let waited = begun.elapsed();
+    let (of_ddl, ended) = renewals.await.expect("no panic");
+    assert!(of_ddl, "{ended}");
+    assert!(waited > Duration::from_secs(5), "nothing was blocked: {waited:?}");
+    assert!(waited < DDL_BLOCKED_MAX, "DDL waited for {waited:?}");
+    assert_eq!(ended.reason, "UNKNOWN_SNAPSHOT");
+    let idle = ["nothing was read of it for --ddl-block-idle-max: ", " s, at most 8 s are allowed"];
+    for told in [&idle[..], &["DDL waits"]].concat() {
+        assert!(ended.message.contains(told), "{ended}");
+    }
 }
 
 /// With the donor started again, all is as if nothing had been.

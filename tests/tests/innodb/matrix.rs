@@ -74,9 +74,8 @@ async fn tables_that_come_and_go_arrive_as_they_are_at_the_point_in_11_8() {
 /// Guards that redo is followed into the spool while files are copied: the log comes round three
 /// times before the recipient reads on. And that most of it is on the recipient by the time of the
 /// cut; seen failing without the stream that follows.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_small_log_that_comes_round_three_times_loses_nothing() {
-    let live = start(Version::V10_11, &["--innodb-log-file-size=8M"]);
+async fn a_small_log_comes_round(version: Version) {
+    let live = start(version, &["--innodb-log-file-size=8M"]);
     let load = Load::start(&live.server, writers());
     load.wait_for_commits(200);
     live.clone_with("clone", load, |_| {
@@ -93,26 +92,48 @@ async fn a_small_log_that_comes_round_three_times_loses_nothing() {
     assert!(number("read=") > 8 << 20 && number("read=") <= number("size="), "{line}");
 }
 
-/// Guards the rounds of PAGE COPY: redo has outgrown its bound, pages are sent again.
 #[tokio::test(flavor = "multi_thread")]
-async fn redo_that_outgrows_its_bound_is_replaced_by_pages() {
-    let live = start(Version::V10_11, &["--innodb-log-file-size=8M"]);
+async fn a_small_log_that_comes_round_three_times_loses_nothing() {
+    a_small_log_comes_round(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_log_that_comes_round_three_times_loses_nothing_in_11_8() {
+    a_small_log_comes_round(Version::V11_8).await;
+}
+
+/// Guards the rounds of PAGE COPY: redo has outgrown its bound, pages are sent again.
+async fn redo_outgrows_its_bound(version: Version) {
+    let live = start(version, &["--innodb-log-file-size=8M"]);
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
     load.wait_for_commits(200);
     live.clone_with("clone", load, |_| {
         let begun = live.lsn();
-        wait_for("redo beyond the bound", || (live.lsn() > begun + (80 << 20)).then_some(()));
+        wait_for("redo beyond the bound", || {
+            let update = "UPDATE mix.bulk SET v = REVERSE(v) WHERE id % 4 = 0 AND id < 35000";
+            drop(live.server.query(update));
+            (live.lsn() > begun + (80 << 20)).then_some(())
+        });
     })
     .await;
     let log = live.donor.0.log();
     assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn redo_that_outgrows_its_bound_is_replaced_by_pages() {
+    redo_outgrows_its_bound(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redo_that_outgrows_its_bound_is_replaced_by_pages_in_11_8() {
+    redo_outgrows_its_bound(Version::V11_8).await;
+}
+
 /// Guards R6: the donor was away while the log came round; pages close the gap. With none of them sent
 /// no server starts on the clone: its log has changes of pages that are older.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_gap_in_the_redo_is_closed_by_pages() {
-    let live = start(Version::V10_11, &["--innodb-log-file-size=8M"]);
+async fn a_gap_in_the_redo(version: Version) {
+    let live = start(version, &["--innodb-log-file-size=8M"]);
     let load = Load::start(&live.server, writers());
     load.wait_for_commits(200);
     live.clone_with("clone", load, |_| {
@@ -127,6 +148,16 @@ async fn a_gap_in_the_redo_is_closed_by_pages() {
     .await;
     let log = live.donor.0.log();
     assert!(log.contains("PAGE COPY round 1"), "no page was sent again: {log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_in_the_redo_is_closed_by_pages() {
+    a_gap_in_the_redo(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_in_the_redo_is_closed_by_pages_in_11_8() {
+    a_gap_in_the_redo(Version::V11_8).await;
 }
 
 /// Guards R5: two clones at one time have each their own checkpoint and point, over one follower;

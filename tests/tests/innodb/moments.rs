@@ -1,10 +1,11 @@
 //! What the moment of the cut meets, and what there is to say of it.
 
-use marcot_proto::recipient::v1::{CloneStatementRequest, State};
+use marcot_proto::recipient::v1::State;
 use marcot_tests::{
+    client::begin,
     clone_and_wait,
     invariants::check_copy,
-    live::{Live, WRITERS},
+    live::{Live, WRITERS, donor_with},
     load::{Load, LoadOptions},
     mariadb::{self, MariaDb, Version},
     recipient, wait_for,
@@ -24,7 +25,7 @@ async fn a_table_is_altered_at_the_point(algorithm: &str) {
     let socket = live.server.socket().to_owned();
     let sql = format!("ALTER TABLE mix.bulk FORCE, ALGORITHM={algorithm}");
     let (sender, altered) = std::sync::mpsc::channel();
-    proxy.when_answered("BACKUP STAGE START", move || {
+    proxy.when_answered("BACKUP STAGE FLUSH", move || {
         let alters = socket.clone();
         std::thread::spawn(move || sender.send(mariadb::ask(&alters, &sql)));
         let states = "SELECT state FROM information_schema.processlist WHERE info LIKE 'ALTER%'";
@@ -69,41 +70,91 @@ async fn more_than_may_be_read_under_the_locks_is_copied_in_another_round() {
     // log costs a page round, and the table comes with that.
     let log = "--innodb-log-file-size=256M";
     let mut live = Live::start(Version::V10_11, &[log], 1 << 20);
-    let load = Load::start(&live.server, writers());
+    let load = Load::start(&live.server, LoadOptions { rate: 200, ..writers() });
     load.wait_for_commits(100);
     let before = load.moment();
-    let proxy = live.proxy_database_with(&["--spool-quota", "64MiB"]);
+    let proxy = live.proxy_database();
     let socket = live.server.socket().to_owned();
     proxy.when_answered("BACKUP STAGE START", move || {
         // No redo tells of it.
         let sql = "CREATE TABLE mix.large (v TEXT) ENGINE=MyISAM AS SELECT REPEAT('x', 4000) v \
-                   FROM mysql.seq_1_to_25000";
+                   FROM mysql.seq_1_to_40000";
         assert_eq!(mariadb::ask(&socket, sql), Ok(String::new()));
     });
     let mut client = recipient(&live.recipient).await;
-    let request =
-        CloneStatementRequest { statement: live.statement("clone", false), ..Default::default() };
-    let started = client.clone_statement(request).await.expect("the clone is accepted");
-    let name = started.into_inner().clone.expect("a clone").name;
+    let name = begin(&mut client, &live.statement("clone", false)).await;
     let _clone = live.check_end("clone", &name, before, load, &[]).await;
     let log = live.donor.0.log();
     assert!(log.contains("more has changed than may be read under the locks"), "{log}");
 }
 
-/// Guards CLONE LOCAL of a live server: the same engine without a network, under the same load.
+/// Guards further rounds of whole files once pages were sent again: without them a table that is made
+/// during PAGE COPY ends the clone in SOURCE_CHANGED.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_busy_server_is_cloned_locally() {
-    let live = start(Version::V10_11, &[]);
+async fn a_table_made_during_page_copy_is_copied_in_another_round() {
+    let mut live = Live::start(Version::V10_11, &["--innodb-log-file-size=8M"], 24 << 20);
+    let quota = ["--spool-quota", "48MiB"];
+    live.donor = donor_with(live.home.path(), &live.path("data"), &live.server, &quota);
+    let load = Load::start(&live.server, LoadOptions { rate: 200, rate_min: 0, ..writers() });
+    load.wait_for_commits(50);
+    live.clone_with("clone", load, |_| {
+        live.outgrow_the_log();
+        live.go_on_to_page_copy();
+        // More than may be read under the locks, and no redo tells of it.
+        drop(live.server.query(
+            "CREATE TABLE mix.large (v TEXT) ENGINE=MyISAM AS SELECT REPEAT('x', 4000) v FROM \
+             mysql.seq_1_to_15000",
+        ));
+    })
+    .await;
+    let log = live.donor.0.log();
+    assert!(
+        log.contains("files changed, another round") && log.contains("PAGE COPY round 2"),
+        "{log}"
+    );
+}
+
+/// Guards CLONE LOCAL of a live server: the same engine without a network, under the same load.
+async fn a_local_clone(version: Version) {
+    let live = start(version, &[]);
     let load = Load::start(&live.server, LoadOptions { ddl: true, xa: true, ..writers() });
     load.wait_for_commits(200);
     let before = load.moment();
     let mut client = recipient(&live.recipient).await;
-    let request =
-        CloneStatementRequest { statement: live.statement("clone", true), ..Default::default() };
-    let started = client.clone_statement(request).await.expect("the clone is accepted");
-    let name = started.into_inner().clone.expect("a clone").name;
+    let name = begin(&mut client, &live.statement("clone", true)).await;
     let _clone = live.check_end("clone", &name, before, load, &[]).await;
     assert!(!live.donor.0.log().contains("snapshot opened"), "the donor was asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_server_is_cloned_locally() {
+    a_local_clone(Version::V10_11).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_server_is_cloned_locally_in_11_8() {
+    a_local_clone(Version::V11_8).await;
+}
+
+/// Guards the file and the position of the coordinates, by which servers are attached that know no
+/// GTIDs: what was committed after the point is applied, once. With the position that is asked for
+/// after the locks (`make soak SABOTAGE=late-coordinates`) rows are missing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_is_attached_by_file_and_position() {
+    let live = Live::start(Version::V10_11, &[], 8 << 20);
+    let load = Load::start(&live.server, LoadOptions { ddl: true, xa: true, ..writers() });
+    load.wait_for_commits(200);
+    let mut client = recipient(&live.recipient).await;
+    let clone = clone_and_wait(&mut client, &live.statement("clone", false)).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
+    load.wait_for_commits(200);
+    drop(load.stop());
+    let point = clone.coordinates.expect("coordinates");
+    let file = String::from_utf8(point.binlog_file.to_vec()).expect("a name");
+    let copy = live.start_clone("clone");
+    copy.replicate_from_file(&live.server, &file, point.binlog_position);
+    copy.assert_replicates(&live.server);
+    copy.stop();
 }
 
 /// Guards coordinates without a binary log: the LSN alone, in the clone resource and in the clone.
@@ -135,15 +186,17 @@ async fn a_server_without_a_binary_log_is_cloned_to_its_lsn() {
     copy.stop();
 }
 
-/// Guards log tables, which change until commits are blocked: they arrive as of the point. A marker
-/// of before the clone is there once; what came after its end is not. The server marks those that it
-/// writes as crashed until it closes them, as after any crash.
+/// Guards log tables, which change until commits are blocked: they arrive as of the point. A statement
+/// is logged before its transaction commits: the log has at least those of all that the clone holds, and
+/// has fewer where it is not read again once commits are blocked. A marker of before the clone is there
+/// once; what came after its end is not. The server marks those that it writes as crashed until it closes
+/// them, as after any crash.
 #[tokio::test(flavor = "multi_thread")]
 async fn log_tables_arrive_as_of_the_point() {
     let arguments =
         ["--log-output=TABLE", "--general-log=ON", "--slow-query-log=ON", "--long-query-time=0"];
     let live = Live::start(Version::V10_11, &arguments, 8 << 20);
-    let load = Load::start(&live.server, LoadOptions { rate: 200, ..writers() });
+    let load = Load::start(&live.server, writers());
     load.wait_for_commits(100);
     drop(live.server.query("SELECT 'marker of before'"));
     let mut client = recipient(&live.recipient).await;
@@ -153,6 +206,7 @@ async fn log_tables_arrive_as_of_the_point() {
     load.wait_for_commits(50);
     drop(load.stop());
     // The clone's own server writes to these as well: they are read before it starts.
+    let mut logged = 0;
     let rows = ["general_log", "slow_log"].map(|table| {
         let path = format!("clone/mysql/{table}.CSV");
         let bytes = std::fs::read(live.path(&path)).expect("the log table");
@@ -160,6 +214,9 @@ async fn log_tables_arrive_as_of_the_point() {
         assert_eq!(text.matches("SELECT 'marker of before'").count(), 1, "{table}");
         assert_eq!(text.matches("marker of after").count(), 0, "{table}");
         assert!(text.ends_with('\n'), "{table} ends within a row");
+        if table == "general_log" {
+            logged = text.matches("INSERT INTO bank.ledger VALUES").count();
+        }
         let own = std::fs::read(live.path(&format!("data/mysql/{table}.CSV"))).expect("there");
         assert!(own.starts_with(&bytes), "{table} is not what the donor's began with");
         text.lines().count()
@@ -167,6 +224,9 @@ async fn log_tables_arrive_as_of_the_point() {
     let quiet = ["--general-log=OFF", "--slow-query-log=OFF"];
     let options = live.options.for_clone().with(&quiet);
     let copy = MariaDb::start_with(live.home.path(), &live.path("clone"), &options);
+    let held: usize =
+        copy.query("SELECT COUNT(*) FROM bank.ledger").trim().parse().expect("a number");
+    assert!(held > 100 && logged >= held, "{logged} statements are logged, {held} rows are held");
     let repaired = copy.query("REPAIR TABLE mysql.general_log, mysql.slow_log");
     assert_eq!(repaired.matches("\tOK").count(), 2, "{repaired}");
     for (table, rows) in ["general_log", "slow_log"].iter().zip(rows) {

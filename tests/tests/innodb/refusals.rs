@@ -1,19 +1,14 @@
 //! What cannot be cloned right is refused before a byte moves, and named.
 
+use marcot_proto::recipient::v1::State;
 use marcot_tests::{
-    Donor, clone_error,
+    clone_and_wait,
+    first_page::assert_wrong_first_pages_fail,
     live::{Live, WRITERS},
     load::{Load, LoadOptions},
     mariadb::Version,
     recipient,
 };
-
-async fn error(live: &Live, donor: &Donor) -> marcot_proto::common::v1::Failure {
-    let mut client = recipient(&live.recipient).await;
-    let failure = clone_error(&mut client, &donor.statement(&live.path("refused"), "")).await;
-    assert!(!live.path("refused").exists());
-    failure
-}
 
 /// Guards the look at each privilege before a byte moves: with one left out the clone fails at its
 /// cut, or gives no coordinates.
@@ -27,19 +22,20 @@ async fn what_the_account_may_not_do_is_named() {
         ("SLAVE MONITOR", "SLAVE MONITOR"),
     ] {
         drop(live.server.query(&format!("REVOKE {privilege} ON *.* FROM marcot@localhost")));
-        let failure = error(&live, &live.donor).await;
+        let failure = live.refusal(&live.donor).await;
         assert_eq!(failure.reason, "DATABASE_PRIVILEGE_MISSING", "{failure:?}");
         assert!(failure.message.contains(word), "{failure:?}");
+        assert!(!live.donor.0.log().contains("snapshot opened"), "without {privilege}");
         drop(live.server.query(&format!("GRANT {privilege} ON *.* TO marcot@localhost")));
     }
     // A replica's SQL threads are to rest for the cut.
     drop(live.server.query("CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_USER='nobody'"));
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "DATABASE_PRIVILEGE_MISSING", "{failure:?}");
     assert!(failure.message.contains("REPLICATION SLAVE ADMIN"), "{failure:?}");
     drop(live.server.query("RESET SLAVE ALL"));
     drop(live.server.query("SET PASSWORD FOR marcot@localhost = PASSWORD('other')"));
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "DATABASE_ACCESS_DENIED", "{failure:?}");
     assert!(!failure.message.contains("secret"), "{failure:?}");
 }
@@ -53,7 +49,7 @@ async fn tables_that_cannot_be_cloned_are_named() {
         "CREATE DATABASE far; CREATE TABLE far.t (id INT) ENGINE=InnoDB DATA DIRECTORY='{}'",
         live.path("elsewhere").display()
     )));
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "UNSUPPORTED_FILE", "{failure:?}");
     assert!(failure.message.contains("far/t.isl"), "{failure:?}");
     drop(live.server.query("DROP TABLE far.t"));
@@ -63,7 +59,7 @@ async fn tables_that_cannot_be_cloned_are_named() {
          NOT NULL, query VARCHAR(3072) NOT NULL, INDEX(query)) ENGINE=SPHINX \
          CONNECTION='sphinx://127.0.0.1:1/test'",
     ));
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "UNSUPPORTED_TABLE_ENGINE", "{failure:?}");
     assert!(failure.message.contains("`far/remote.frm` (SPHINX)"), "{failure:?}");
 }
@@ -79,7 +75,7 @@ async fn files_that_lie_elsewhere_are_named() {
         "CREATE DATABASE far; CREATE TABLE far.m (id INT) ENGINE=MyISAM DATA DIRECTORY='{}'",
         live.path("elsewhere").display()
     )));
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "LINK_LEAVES_TREE", "{failure:?}");
     assert!(failure.message.contains("far/m.MYD"), "{failure:?}");
     drop(live);
@@ -90,7 +86,7 @@ async fn files_that_lie_elsewhere_are_named() {
     let arguments: Vec<String> = arguments.iter().map(|a| a.replace("{home}", &here)).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     live = Live::start(Version::V10_11, &arguments, 1 << 20);
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "PATH_OUTSIDE_DATA_DIRECTORY", "{failure:?}");
     assert!(failure.message.contains("innodb_undo_directory"), "{failure:?}");
 }
@@ -106,7 +102,7 @@ async fn log_tables_that_are_too_large_are_named_with_their_size() {
     // The server does not write it: log_output is FILE.
     let file = std::fs::File::options().write(true).open(table).expect("the log table");
     file.set_len(80 << 20).expect("a sparse file");
-    let failure = error(&live, &live.donor).await;
+    let failure = live.refusal(&live.donor).await;
     assert_eq!(failure.reason, "LOCKED_SET_TOO_LARGE", "{failure:?}");
     for text in ["mysql/slow_log.CSV` has 83886080", "allows 67108864"] {
         assert!(failure.message.contains(text), "{failure:?}");
@@ -135,8 +131,59 @@ async fn a_data_directory_of_another_server_is_refused() {
     let other = live.path("other");
     marcot_tests::mariadb::install(&other);
     let donor = marcot_tests::live::donor(live.home.path(), &other, &live.server);
-    let failure = error(&live, &donor).await;
+    let failure = live.refusal(&donor).await;
     assert_eq!(failure.reason, "OTHER_DATA_DIRECTORY", "{failure:?}");
+}
+
+/// Guards first pages, which say what a file is: one that says that it is a tablespace which the server
+/// does not have was copied unchecked, and the clone completed with a table that does not open.
+/// Without the check of the whole page the flipped bit is found at the cut alone, without
+/// `Known::check_found` the other two are cloned. A table whose tablespace was discarded, and a
+/// file that is to be imported, are as they should be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_page_that_is_not_its_tables_fails_the_clone() {
+    let mut live = Live::start(Version::V10_11, &[], 1 << 20);
+    drop(live.server.query(
+        "CREATE DATABASE shop; CREATE TABLE shop.t (id INT PRIMARY KEY, v TEXT) ENGINE=InnoDB; \
+         CREATE TABLE shop.u LIKE shop.t; CREATE TABLE shop.v LIKE shop.t; \
+         INSERT INTO shop.t SELECT seq, REPEAT(MD5(seq), 9) FROM mysql.seq_1_to_900; \
+         INSERT INTO shop.u SELECT * FROM shop.t",
+    ));
+    let shop = live.path("data/shop");
+    // A sound tablespace that the server has no more.
+    let gone = live.path("u.ibd");
+    let connection = live.server.connect();
+    copy_for_export(connection, &shop.join("u.ibd"), &gone);
+    drop(live.server.query("DROP TABLE shop.u"));
+    // A clean start: nothing has a reason to write these pages any more.
+    let data = live.path("data");
+    live.server.stop();
+    live.server =
+        marcot_tests::mariadb::MariaDb::start_with(live.home.path(), &data, &live.options);
+    live.donor = marcot_tests::live::donor(live.home.path(), &data, &live.server);
+    drop(live.server.query("SELECT COUNT(*) FROM shop.t"));
+    let load = Load::start(&live.server, LoadOptions { writers: WRITERS, ..Default::default() });
+    load.wait_for_commits(100);
+    assert_wrong_first_pages_fail(&live, "shop/t", "checksum", &[&gone]).await;
+    drop(load.stop());
+    drop(live.server.query("ALTER TABLE shop.v DISCARD TABLESPACE"));
+    std::fs::copy(&gone, shop.join("v.ibd")).expect("a writable directory");
+    let mut client = recipient(&live.recipient).await;
+    let clone = clone_and_wait(&mut client, &live.statement("clone", false)).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", live.donor.0.log());
+    let copy = live.start_clone("clone");
+    assert_eq!(copy.query("SELECT COUNT(*) FROM shop.t").trim(), "900");
+    drop(copy.query("ALTER TABLE shop.v IMPORT TABLESPACE"));
+    assert_eq!(copy.query("SELECT COUNT(*) FROM shop.v").trim(), "900");
+    copy.stop();
+}
+
+/// A copy of a table's file as it is for an export.
+fn copy_for_export(mut connection: mysql::Conn, file: &std::path::Path, copy: &std::path::Path) {
+    use mysql::prelude::Queryable as _;
+    connection.query_drop("FLUSH TABLES shop.u FOR EXPORT").expect("exported");
+    std::fs::copy(file, copy).expect("a writable home");
+    connection.query_drop("UNLOCK TABLES").expect("unlocked");
 }
 
 /// Guards R3 and the page check: a page of right checksum in a wrong place, one with a flipped bit,
@@ -184,7 +231,7 @@ async fn wrong_pages_fail_the_clone_and_are_named() {
     ] {
         t.write_all_at(&wrong, 70 * 16384).expect("the file is writable");
         eprintln!("{name}");
-        let failure = error(&live, &live.donor).await;
+        let failure = live.refusal(&live.donor).await;
         assert_eq!(failure.reason, "PAGE_CORRUPT", "{name}: {failure:?}");
         for word in ["page 70", "t.ibd", text] {
             assert!(failure.message.contains(word), "{name}: {failure:?}");

@@ -9,7 +9,7 @@ use marcot_proto::{
     },
 };
 use marcot_tests::{
-    client::wait_for_end,
+    client::{slowly, wait_for_end},
     killer::Blow,
     mariadb::{self, Options},
     recipient,
@@ -34,7 +34,7 @@ async fn a_mariadb_that_crashes_starts_beside_a_half_staged_clone_and_beside_its
     let site = Site::new();
     let at = site.supervise(&["--install-form", "move"]);
     let mut client = recipient(&at).await;
-    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
+    let clone = site.begin(&mut client, slowly()).await.expect("accepted");
     let pause = PauseCloneRequest { name: clone.name.clone() };
     client.pause_clone(pause).await.expect("paused");
     let id = clone.name.rsplit('/').next().expect("an id");

@@ -1,16 +1,22 @@
 //! What goes wrong around an install: the error is clear, the old data stand, and nothing is left
 //! that is not accounted for.
 
-use marcot_proto::recipient::v1::{Clone, PauseCloneRequest, ResumeCloneRequest, State};
+use std::path::Path;
+
+use marcot_proto::recipient::v1::{
+    Clone, CloneOptions, PauseCloneRequest, ResumeCloneRequest, RollbackCloneRequest, State,
+};
 use marcot_tests::{
     Recipient,
-    client::wait_for_end,
+    client::{slowly, wait_for_end},
     mariadb::MariaDb,
     recipient,
     site::{Site, copy_tree},
-    volume::{Mounted, run},
+    volume::{Immutable, Mounted, run},
     wait_for,
 };
+
+use crate::held::{Held, get};
 
 /// The clone has failed, and all is as it was.
 pub(crate) fn assert_untouched(site: &Site, clone: &Clone, texts: &[&str]) {
@@ -78,20 +84,18 @@ async fn a_full_inode_table_is_told_before_the_first_byte() {
     }
 }
 
-/// Takes all the room that is left, but for what `leave` says.
-fn fill(site: &Site, leave: &str) -> std::path::PathBuf {
-    let filler = site.path("volume").join("filler");
+/// Takes all the room that is left for a file, but for what `leave` says.
+pub(crate) fn fill(filler: &Path, leave: &str) {
     let script = format!(
         "fallocate -l $(( $(stat -f -c '%a*%S' {v}) - {leave} )) {f}; \
          dd if=/dev/zero of={f} bs=4k oflag=append conv=notrunc status=none",
-        v = site.path("volume").display(),
+        v = filler.parent().expect("a directory").display(),
         f = filler.display()
     );
     let script =
         if leave == "0" { script } else { script.split(';').next().expect("a part").to_owned() };
     // dd ends when the disk is full.
     drop(std::process::Command::new("bash").args(["-c", &script]).output().expect("bash"));
-    filler
 }
 
 /// Guards the clean end of a copy that finds the disk full: the server runs on, nothing is left.
@@ -100,10 +104,11 @@ async fn a_disk_that_fills_up_while_copying_ends_the_clone() {
     let (site, _volume) = on_volume("400M", &["mkfs.ext4", "-q", "-F", "-m", "0"]);
     let at = site.supervise(&[]);
     let mut client = recipient(&at).await;
-    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
+    let clone = site.begin(&mut client, slowly()).await.expect("accepted");
     client.pause_clone(PauseCloneRequest { name: clone.name.clone() }).await.expect("paused");
     wait_for("the staging", || (!site.leftovers().is_empty()).then_some(()));
-    let filler = fill(&site, "(1<<20)");
+    let filler = site.path("volume").join("filler");
+    fill(&filler, "(1<<20)");
     client
         .resume_clone(ResumeCloneRequest { name: clone.name.clone(), ..Default::default() })
         .await
@@ -115,25 +120,21 @@ async fn a_disk_that_fills_up_while_copying_ends_the_clone() {
     assert_untouched(&site, &clone, &["No space left"]);
 }
 
-/// Guards the undoing of an install that finds the disk full: its journal has its room already.
+/// Guards the undoing of an install that finds the disk full. (The room that its journal keeps does not
+/// show here: few records fit into the block that it has.)
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_full_undoes_the_install() {
-    let (site, _volume) = on_volume("400M", &["mkfs.ext4", "-q", "-F", "-m", "0"]);
+    let (site, volume) = on_volume("400M", &["mkfs.ext4", "-q", "-F", "-m", "0"]);
     // What is carried over needs room.
     std::fs::write(site.data.join("server-key.pem"), vec![b'k'; 100_000]).expect("writable");
-    let hold = site.path("hold");
-    std::fs::write(&hold, "").expect("writable");
-    let wish = format!("stopped:{}", hold.display());
-    let at = site.supervise_with(&[], &[("MARCOT_TEST_HOLD_AT", &wish)]);
-    let mut client = recipient(&at).await;
-    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
-    wait_for("the step", || at.0.log().contains("step=\"stopped\"").then_some(()));
-    let filler = fill(&site, "0");
-    std::fs::remove_file(&hold).expect("our own file");
-    wait_for("the undoing", || at.0.log().contains("step=\"rolled_back\"").then_some(()));
+    let mut held = Held::on(site, Some(volume), "stopped", &[], CloneOptions::default()).await;
+    let filler = held.site.path("volume").join("filler");
+    fill(&filler, "0");
+    held.go_on();
+    wait_for("the undoing", || held.at.0.log().contains("step=\"rolled_back\"").then_some(()));
     std::fs::remove_file(filler).expect("our own file");
-    let clone = wait_for_end(&mut client, &clone.name).await;
-    assert_untouched(&site, &clone, &["No space left", "the old data are back"]);
+    let clone = held.end().await;
+    assert_untouched(&held.site, &clone, &["No space left", "the old data are back"]);
 }
 
 /// Guards the clear end where a directory cannot leave its file system: one of a lower layer of an
@@ -215,11 +216,10 @@ async fn an_entry_that_cannot_be_moved_brings_all_others_back() {
     let site = Site::new();
     let fixed = site.data.join("fixed.cnf");
     std::fs::write(&fixed, "").expect("writable");
-    let fixed = fixed.to_str().expect("plain");
-    run("chattr", &["+i", fixed]);
+    let fixed = Immutable::new(&fixed);
     let at = site.supervise(&["--install-form", "move"]);
     let (_, clone) = site.replace(&at).await;
-    run("chattr", &["-i", fixed]);
+    drop(fixed);
     assert_untouched(&site, &clone, &["fixed.cnf", "not permitted", "the old data are back"]);
 }
 
@@ -245,43 +245,26 @@ async fn a_server_started_by_someone_else_finds_the_locks_held() {
     for (form, step) in
         [("exchange", "stopped"), ("exchange", "exchanging"), ("move", "putting_in")]
     {
-        let site = Site::new();
-        let hold = site.path("hold");
-        std::fs::write(&hold, "").expect("writable");
-        let wish = format!("{step}:{}", hold.display());
-        let at = site.supervise_with(&["--install-form", form], &[("MARCOT_TEST_HOLD_AT", &wish)]);
-        let mut client = recipient(&at).await;
-        let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
-        let line = format!("step=\"{step}\"");
-        wait_for("the step", || at.0.log().contains(&line).then_some(()));
-        start_by_hand(&site, if form == "move" { "ibdata1" } else { "lock" });
-        std::fs::remove_file(&hold).expect("our own file");
-        let clone = wait_for_end(&mut client, &clone.name).await;
+        let mut held = Held::at(step, &["--install-form", form]).await;
+        start_by_hand(&held.site, if form == "move" { "ibdata1" } else { "lock" });
+        held.go_on();
+        let clone = held.end().await;
         assert_eq!(clone.state(), State::Completed, "{form} {step}: {clone:?}");
-        assert_eq!(site.mark(), "new");
+        assert_eq!(held.site.mark(), "new");
     }
 }
 
 /// Guards the guard: half a tree, and no lock of anybody, is still no place for a server.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_server_starts_on_half_a_tree() {
-    let site = Site::new();
-    let hold = site.path("hold");
-    std::fs::write(&hold, "").expect("writable");
-    let wish = format!("putting_in:{}", hold.display());
-    let mut at =
-        site.supervise_with(&["--install-form", "move"], &[("MARCOT_TEST_HOLD_AT", &wish)]);
-    let mut client = recipient(&at).await;
-    site.begin(&mut client, Default::default()).await.expect("accepted");
-    wait_for("the step", || at.0.log().contains("step=\"putting_in\"").then_some(()));
-    at.0.kill();
-    start_by_hand(&site, "ibdata1");
-    std::fs::remove_file(&hold).expect("our own file");
-    let at = site.supervise(&["--install-form", "move"]);
-    site.wait_for_server();
-    assert_eq!(site.mark(), "old");
-    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
-    drop(at);
+    let form = ["--install-form", "move"];
+    let mut held = Held::at("putting_in", &form).await;
+    held.at.0.kill();
+    start_by_hand(&held.site, "ibdata1");
+    held.go_on();
+    let at = held.site.supervise(&form);
+    let clone = get(&mut recipient(&at).await, &held.clone.name).await;
+    assert_untouched(&held.site, &clone, &["the recipient stopped"]);
 }
 
 /// A server that is started by hand does not come to run, and says why.
@@ -319,4 +302,33 @@ async fn a_recipient_killed_while_a_replacing_clone_copies_goes_on() {
     site.wait_for_server();
     assert_eq!(site.mark(), "new");
     assert_eq!(site.damaged_tables(), "");
+}
+
+/// Shows what a server does that somebody starts while trees move, and that waits for the locks: it gets
+/// those of the files that it has come from, which are kept by then. Neither tree has anything of the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_started_by_someone_else_that_waits_for_the_locks_makes_no_mix() {
+    for (form, step) in [("exchange", "exchanging"), ("move", "setting_aside")] {
+        let held = Held::at(step, &["--install-form", form]).await;
+        let (site, mut client) = (&held.site, held.client.clone());
+        let mut other = MariaDb::begin(site.home.path(), &site.data, &site.options);
+        wait_for("it to meet the locks", || {
+            other.log().contains("Will retry for 30").then_some(())
+        });
+        held.go_on();
+        let clone = wait_for_end(&mut client, &held.clone.name).await;
+        wait_for("it to end", || other.has_ended().then_some(()));
+        // It may have been in the new server's way.
+        let stands = site.mark();
+        let expected = if clone.state() == State::Completed { "new" } else { "old" };
+        assert_eq!(stands, expected, "{form}: {clone:?}\n{}", other.log());
+        assert_eq!(site.damaged_tables(), "", "{form}: {}", other.log());
+        if stands == "new" {
+            let back = RollbackCloneRequest { name: clone.name.clone(), discard_writes: true };
+            client.rollback_clone(back).await.expect("it is rolled back");
+            site.wait_for_server();
+            assert_eq!(site.mark(), "old", "{form}: {}", other.log());
+            assert_eq!(site.damaged_tables(), "", "{form}: {}", other.log());
+        }
+    }
 }

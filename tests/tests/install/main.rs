@@ -2,7 +2,10 @@
 
 mod crashes;
 mod faults;
+mod given_up;
 mod guards;
+mod halfway;
+mod held;
 mod hooks;
 mod interrupted;
 mod kept;

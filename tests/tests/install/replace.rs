@@ -6,7 +6,9 @@ use marcot_proto::recipient::v1::{
     AcceptCloneRequest, DeleteLeftoverRequest, InstallStep, ListLeftoversRequest,
     RollbackCloneRequest, State,
 };
-use marcot_tests::{client::wait_for_end, recipient, site::Site, wait_for};
+use marcot_tests::site::Site;
+
+use crate::held::Held;
 
 /// Guards point 3 of the install: the old data are there until the clone is accepted, and no longer.
 #[tokio::test(flavor = "multi_thread")]
@@ -120,26 +122,20 @@ async fn a_clone_that_no_server_starts_on_is_given_up_by_itself() {
 /// read by it, and the old data come back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_damaged_after_it_was_staged_is_met_before_the_server_is_open() {
-    let site = Site::new();
-    let hold = site.path("hold");
-    std::fs::write(&hold, "").expect("writable");
-    let wish = format!("staged:{}", hold.display());
-    let at = site.supervise_with(&[], &[("MARCOT_TEST_HOLD_AT", &wish)]);
-    let mut client = recipient(&at).await;
-    let clone = site.begin(&mut client, Default::default()).await.expect("accepted");
-    wait_for("the step", || at.0.log().contains("step=\"staged\"").then_some(()));
-    let staged = site.leftovers().pop().expect("a staging directory").join("tree/app/rows.ibd");
+    let mut held = Held::at("staged", &[]).await;
+    let staged =
+        held.site.leftovers().pop().expect("a staging directory").join("tree/app/rows.ibd");
     let mut file = std::fs::read(&staged).expect("a staged table");
     // The root of the index: every read of the table begins there.
     file[3 * 16384 + 200..3 * 16384 + 300].fill(0x5a);
     std::fs::write(&staged, file).expect("writable");
-    std::fs::remove_file(&hold).expect("our own file");
-    let clone = wait_for_end(&mut client, &clone.name).await;
+    held.go_on();
+    let clone = held.end().await;
     assert_eq!(clone.state(), State::Failed, "{clone:?}");
     let error = clone.error.expect("a failure");
     assert_eq!(error.reason, "SERVER_NOT_HEALTHY", "{error:?}");
     assert!(error.message.contains("app.rows"), "{}", error.message);
-    site.wait_for_server();
-    assert_eq!(site.mark(), "old");
-    assert!(site.leftovers().is_empty(), "{:?}", site.leftovers());
+    held.site.wait_for_server();
+    assert_eq!(held.site.mark(), "old");
+    assert!(held.site.leftovers().is_empty(), "{:?}", held.site.leftovers());
 }

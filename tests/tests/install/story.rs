@@ -37,6 +37,8 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
     let (data, at, state) =
         (own.display().to_string(), socket.display().to_string(), live.path("state-2"));
     let state = state.display().to_string();
+    let hold = live.path("hold");
+    std::fs::write(&hold, "").expect("writable");
     let supervised = Recipient::supervise(
         home,
         &[
@@ -50,9 +52,11 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
             "root",
             "--keep-old-data",
             "until-accepted",
+            "--donor-timeout",
+            "60s",
         ],
         &command,
-        &[],
+        &[("MARCOT_TEST_HOLD_AT", &format!("staged:{}", hold.display()))],
     );
     let ask = |sql: &str| mariadb::ask(&socket, sql);
     wait_for("the server to answer", || ask("SELECT id FROM lost.t").ok());
@@ -84,8 +88,16 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
     };
     let started = client.clone_instance(request).await.expect("the clone is accepted");
     let name = started.into_inner().clone.expect("a clone").name;
+    // After the point, and before the replica is attached: a change that takes a replica its time.
+    wait_for("the copy", || supervised.0.log().contains("at=\"staged\"").then_some(()));
+    drop(live.server.query(
+        "CREATE DATABASE slow; CREATE TABLE slow.t (n INT); INSERT slow.t VALUES (0); \
+         SET SESSION binlog_format=STATEMENT; UPDATE slow.t SET n=1+SLEEP(1)",
+    ));
+    std::fs::remove_file(&hold).expect("our own file");
     // A primary that never rests is no obstacle: the replica has what there was when it was attached.
     let clone = wait_for_end(&mut client, &name).await;
+    assert_eq!(ask("SELECT n FROM slow.t").as_deref(), Ok("1\n"), "it has caught up");
     load.wait_for_commits(300);
     let report = load.stop();
     assert_eq!(clone.state(), State::Completed, "{clone:?}\n{}", supervised.0.log());
@@ -94,7 +106,7 @@ async fn a_replica_is_rebuilt_in_place_from_a_live_primary_and_follows_it() {
     assert!(ask("SELECT 1 FROM lost.t").is_err(), "the clone's data stand");
     let target = live.server.query("SELECT @@gtid_binlog_pos");
     let waited =
-        ask(&format!("SELECT MASTER_GTID_WAIT('{}', 60)", target.trim())).expect("an answer");
+        ask(&format!("SELECT MASTER_GTID_WAIT('{}', 150)", target.trim())).expect("an answer");
     assert_eq!(waited.trim(), "0", "{}", ask("SHOW SLAVE STATUS").unwrap_or_default());
     for table in
         live.server.tables().iter().filter(|t| !t.contains("`mysql`") && !t.contains("unlogged"))

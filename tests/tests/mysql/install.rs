@@ -13,6 +13,8 @@ use marcot_tests::{
         Database, Options, Version, ask, command_line, free_port, install_with, new_socket,
     },
     killer::Blow,
+    live::{Live, WRITERS},
+    load::{Load, LoadOptions},
     new_directory, recipient,
     site::{copy_tree, server_pid},
     wait_for,
@@ -136,6 +138,74 @@ async fn a_mysql_that_crashes_starts_beside_a_half_staged_clone_and_beside_its_o
     assert!(!schemas.contains("marcot"), "{schemas}");
     client.accept_clone(AcceptCloneRequest { name: clone.name }).await.expect("accepted");
     assert_eq!(site.ask("SELECT mark FROM app.mark"), "new\n");
+}
+
+/// Guards R4 in a server's own place: the end of the donor's log comes under the name that this server
+/// looks for. Under the donor's name it begins a log of its own, and does not start at all where
+/// transactions are prepared.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_the_donors_log_has_the_name_of_the_recipients() {
+    let live = Live::start(Version::MySql9_7, &[], 8 << 20);
+    drop(live.server.query("FLUSH BINARY LOGS; FLUSH BINARY LOGS; FLUSH BINARY LOGS"));
+    // What an earlier setting of the donor's has left is not this server's log.
+    for (name, text) in [("mine.index", "./mine.000001\n"), ("mine.000001", "old")] {
+        std::fs::write(live.path("data").join(name), text).expect("writable");
+    }
+    let options =
+        Options::primary(Version::MySql9_7, &[]).with(&["--server-id=9", "--log-bin=mine"]);
+    let (data, socket) = (live.path("own"), new_socket());
+    install_with(&data, &options);
+    let [shown, at, state] =
+        [&data, &socket, &live.path("state-of-own")].map(|path| path.display().to_string());
+    let own = [
+        ["--data-directory", &shown],
+        ["--database-socket", &at],
+        ["--database-user", "root"],
+        ["--state-directory", &state],
+        ["--donor-timeout", "60s"],
+    ];
+    let command = command_line(&data, &options, &socket);
+    let at = Recipient::supervise(live.home.path(), &own.concat(), &command, &[]);
+    wait_for("the server to answer", || ask(&socket, "SELECT 1").ok());
+    let load = LoadOptions { writers: WRITERS, xa: true, ..Default::default() };
+    let load = Load::start(&live.server, load);
+    load.wait_for_commits(200);
+    let mut client = recipient(&at).await;
+    let request = CloneInstanceRequest {
+        host: "127.0.0.1".to_owned(),
+        port: live.donor.port().into(),
+        user: "clone".to_owned(),
+        ..Default::default()
+    };
+    let clone = client.clone_instance(request).await.expect("accepted").into_inner().clone;
+    let clone = wait_for_end(&mut client, &clone.expect("a clone").name).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    drop(load.stop());
+    let point = clone.coordinates.expect("a point");
+    let gtids = ask(&socket, "SELECT REPLACE(@@gtid_executed, '\n', '')").expect("an answer");
+    assert_eq!(gtids.trim(), point.gtid_executed, "what it has recovered, and the coordinates");
+    let file = String::from_utf8_lossy(&point.binlog_file).replace("bin.", "mine.");
+    let index = std::fs::read_to_string(data.join("mine.index")).expect("an index");
+    assert!(&*file > "mine.000003" && index.starts_with(&format!("./{file}\n")), "{index}");
+    assert!(!data.join("bin.index").exists(), "the donor's name");
+}
+
+/// Guards R9: a server whose binary log is outside its data directory would go on, on the clone, with
+/// the log of its old data. With the check taken out the clone is installed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_binary_log_would_outlive_its_data_is_not_replaced() {
+    let elsewhere = new_directory();
+    let log = format!("--log-bin={}", elsewhere.path().join("bin").display());
+    let site = Site::new(&options().with(&[&log, "--server-id=3"]), &[]);
+    let mut client = recipient(&site.at).await;
+    let clone = site.begin(&mut client).await.expect("accepted");
+    let end = wait_for_end(&mut client, &clone.name).await.error.expect("a failure");
+    assert_eq!(end.reason, "PATH_OUTSIDE_DATA_DIRECTORY", "{end:?}");
+    for path in [elsewhere.path(), &site.data] {
+        assert!(end.message.contains(&path.display().to_string()), "{end:?}");
+    }
+    assert!(end.message.contains("start the server with log_bin=bin"), "{end:?}");
+    assert_eq!(site.ask("SELECT mark FROM app.mark"), "old\n");
 }
 
 /// Guards the member of a group, which the group gives its data (3875).

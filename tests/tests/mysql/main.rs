@@ -4,6 +4,7 @@
 //! `make test-mysql` runs them; those that are ignored take longer, `make test-mysql FULL=1` runs
 //! them too.
 
+mod accounts;
 mod faults;
 mod install;
 mod matrix;

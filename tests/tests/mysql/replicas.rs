@@ -1,7 +1,7 @@
 //! A replica as donor: the common case.
 
 use marcot_tests::{
-    clone_and_wait,
+    clone_and_wait, clone_error,
     database::{Database, Options, Version, install_with},
     invariants::check_copy,
     live::{Live, WRITERS, donor},
@@ -28,12 +28,22 @@ async fn a_parallel_replica_is_cloned() {
     assert!(GRANTS.contains("marcot@localhost"), "the account has come with the primary's");
     let donor = donor(live.home.path(), &data, &replica);
     let mut client = recipient(&live.recipient).await;
+    // A replica is asked how far it is.
+    drop(
+        replica.query("SET sql_log_bin=0; REVOKE REPLICATION CLIENT ON *.* FROM marcot@localhost"),
+    );
+    let refused = clone_error(&mut client, &donor.statement(&live.path("clone"), "")).await;
+    assert_eq!(refused.reason, "DATABASE_PRIVILEGE_MISSING", "{refused:?}");
+    assert!(refused.message.contains("REPLICATION CLIENT"), "{refused:?}");
+    drop(replica.query("SET sql_log_bin=0; GRANT REPLICATION CLIENT ON *.* TO marcot@localhost"));
     let clone = clone_and_wait(&mut client, &donor.statement(&live.path("clone"), "")).await;
     assert_eq!(clone.state(), marcot_proto::recipient::v1::State::Completed, "{clone:?}");
     load.wait_for_commits(100);
     eprintln!("{}", load.stop());
     let point = clone.coordinates.expect("coordinates");
-    assert_eq!(point.sources.len(), 1, "its source's channel: {point:?}");
+    let [source] = &point.sources[..] else { panic!("its source's channel: {point:?}") };
+    let file = String::from_utf8_lossy(&source.binlog_file).into_owned();
+    assert!(file.starts_with("bin.0") && source.binlog_position > 4, "{point:?}");
     let copy = Database::start_with(
         live.home.path(),
         &live.path("clone"),
@@ -42,7 +52,13 @@ async fn a_parallel_replica_is_cloned() {
     let own = copy.query("SELECT REPLACE(@@gtid_executed, '\n', '')");
     assert_eq!(own.trim(), point.gtid_executed, "what the copy has executed, and the coordinates");
     let _held = check_copy(&copy, WRITERS);
+    // From the source's place, which may be a little too early: what it has is passed over by GTID.
     copy.replicate(&live.server, "");
+    drop(copy.query(&format!(
+        "STOP REPLICA; CHANGE REPLICATION SOURCE TO SOURCE_AUTO_POSITION=0, SOURCE_LOG_FILE='{file}', \
+         SOURCE_LOG_POS={}; START REPLICA",
+        source.binlog_position
+    )));
     copy.catch_up(&live.server);
     // Each server has made its own system tables.
     let users = |server: &Database| {

@@ -16,7 +16,7 @@ use crate::{DATA_BYTES, Net};
 async fn connections_cut_again_and_again_cost_little() {
     const CUTS: u64 = 8;
     let mut net = Net::start(&[]).await;
-    net.proxy.limit(Some(64 << 20));
+    net.proxy.limit(Some(16 << 20));
     let name = net.begin("copy").await;
     for _ in 0..CUTS {
         net.pass_bytes(7 << 20);
@@ -45,7 +45,7 @@ fn tree_bytes(net: &Net) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_half_open_is_left() {
     let mut net = Net::start(&[]).await;
-    net.proxy.limit(Some(64 << 20));
+    net.proxy.limit(Some(16 << 20));
     let name = net.begin("copy").await;
     net.pass_bytes(7 << 20);
     net.proxy.stall();
@@ -62,7 +62,7 @@ async fn a_connection_that_is_half_open_is_left() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_donor_that_is_gone_for_good_ends_the_clone() {
     let mut net = Net::start(&["--donor-timeout", "3s"]).await;
-    net.proxy.limit(Some(64 << 20));
+    net.proxy.limit(Some(16 << 20));
     let name = net.begin("copy").await;
     net.pass_bytes(7 << 20);
     net.proxy.take_down();
@@ -114,7 +114,7 @@ async fn a_bit_that_flips_is_noticed_wherever_it_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_donor_service_that_is_restarted_costs_little() {
     let mut net = Net::start(&[]).await;
-    net.proxy.limit(Some(32 << 20));
+    net.proxy.limit(Some(12 << 20));
     let name = net.begin("copy").await;
     net.pass_bytes(DATA_BYTES * 6 / 10);
     let staging = net.path(&format!(".marcot-{}", name.trim_start_matches("clones/")));
@@ -146,7 +146,7 @@ async fn a_donor_service_that_is_restarted_costs_little() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_stalls_for_good_ends_the_clone_within_its_bound() {
     let mut net = Net::start(&["--donor-timeout", "3s", "--stall-timeout", "2s"]).await;
-    net.proxy.limit(Some(48 << 20));
+    net.proxy.limit(Some(16 << 20));
     let name = net.begin("copy").await;
     net.pass_bytes(8 << 20);
     net.proxy.stall();

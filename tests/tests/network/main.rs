@@ -6,6 +6,7 @@
 mod faults;
 mod limits;
 mod pause;
+mod queue;
 mod resume;
 mod reuse;
 mod verify;

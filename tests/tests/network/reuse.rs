@@ -104,6 +104,27 @@ async fn an_older_copy_of_any_kind_makes_a_right_clone() {
     assert!(clone.reused_bytes >= LARGE_BYTES as u64 / 2, "{}", clone.reused_bytes);
 }
 
+/// Guards the length of what is compared at one time: a file of holes is a few parts however long it is,
+/// and the digests of one must fit into a request. With parts as long as the file the clone failed as
+/// REQUEST_TOO_LARGE.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_a_long_file_of_holes_is_reused() {
+    const LENGTH: u64 = 2 << 30;
+    const DATA: usize = 64 << 10;
+    let mut net = Net::start(&[]).await;
+    for (directory, last) in [("data", 1), ("older", 2)] {
+        fs::create_dir_all(net.path(directory)).unwrap();
+        let file = File::create(net.path(directory).join("holes")).unwrap();
+        file.set_len(LENGTH).unwrap();
+        file.write_all_at(&[7; DATA], 0).unwrap();
+        file.write_all_at(&[last; DATA], LENGTH - DATA as u64).unwrap();
+    }
+    let clone = net.clone_with_reuse("newer", "older").await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    tree::assert_identical(&net.path("data"), &net.path("newer"));
+    assert!(clone.reused_bytes >= DATA as u64, "{}", clone.reused_bytes);
+}
+
 /// Names and content of all files below a directory.
 fn listing(directory: &std::path::Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut all = Vec::new();

@@ -16,7 +16,18 @@ use crate::{LARGE_BYTES, Net};
 impl Net {
     /// A clone in whose staged first file a bit flips, on this host, once it has arrived.
     async fn flipped(&mut self, target: &str, verification: Verification) -> Clone {
-        self.proxy.limit(Some(48 << 20));
+        self.meddled(target, verification, |tree| flip(&tree.join("large0"), 5_000_000)).await
+    }
+
+    /// A clone into whose staged tree somebody else writes on this host, once its first file has
+    /// arrived.
+    async fn meddled(
+        &mut self,
+        target: &str,
+        verification: Verification,
+        meddle: impl FnOnce(&Path),
+    ) -> Clone {
+        self.proxy.limit(Some(16 << 20));
         let statement = process::statement(self.proxy.port(), &self.path(target), "");
         let limits = Some(CloneLimits { concurrency_max: Some(1), ..Default::default() });
         let verification = verification.into();
@@ -27,7 +38,7 @@ impl Net {
         self.pass_bytes(3 * LARGE_BYTES as u64 / 2);
         self.client.pause_clone(PauseCloneRequest { name: name.clone() }).await.unwrap();
         let id = &name["clones/".len()..];
-        flip(&self.path(&format!(".marcot-{id}/tree/large0")), 5_000_000);
+        meddle(&self.path(&format!(".marcot-{id}/tree")));
         self.proxy.limit(None);
         let request = ResumeCloneRequest { name: name.clone(), ..Default::default() };
         self.client.resume_clone(request).await.unwrap();
@@ -73,6 +84,26 @@ async fn a_bit_that_flips_on_the_disk_is_named_later_or_never_installed() {
     assert_eq!(found.certificate_digest, end.certificate_digest);
     flip(&net.path("quick/large0"), 5_000_000);
     assert_intact(&mut net.client, &end.name).await;
+}
+
+/// Guards what is installed against whatever else writes into staging: the tree is counted, and each
+/// entry is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_does_to_staging_is_never_installed() {
+    let mut net = Net::start(&[]).await;
+    let more: fn(&Path) = |tree| std::fs::write(tree.join("more"), "x").unwrap();
+    let other: fn(&Path) = |tree| {
+        std::fs::remove_file(tree.join("large0")).unwrap();
+        std::fs::create_dir(tree.join("large0")).unwrap();
+    };
+    for (target, meddle, told) in [("more", more, "are listed"), ("other", other, "`large0`")] {
+        let end = net.meddled(target, Verification::Unspecified, meddle).await;
+        assert_eq!(end.state(), State::Failed, "{target}: {end:?}");
+        let error = end.error.unwrap();
+        assert_eq!(error.reason, "MANIFEST_MISMATCH", "{target}: {error:?}");
+        assert!(error.message.contains(told), "{target}: {error:?}");
+        assert!(!net.path(target).exists(), "{target}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

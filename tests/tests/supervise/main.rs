@@ -105,6 +105,35 @@ fn a_stop_reaches_the_server_behind_its_script_and_its_exit_code_is_passed_on() 
     wait_for("the group's processes to end", || (!is_alive(sleeper)).then_some(()));
 }
 
+/// Guards signals that servers take for commands (read the log anew, write a state): each reaches the
+/// server, and ends nothing.
+#[test]
+fn signals_of_operators_are_passed_on() {
+    let names = ["HUP", "QUIT", "USR1", "USR2", "WINCH"];
+    let traps: Vec<_> = names.map(|name| format!("trap 'echo {name} >> got' {name}")).to_vec();
+    // A shell cannot trap what was ignored when it began, as SIGHUP is under nohup.
+    let text = format!(
+        "exec env --default-signal sh -c \"{}; echo \\$\\$ > pid; while :; do sleep 0.05; done\"",
+        traps.join("; ")
+    );
+    let mut script = Script::start(&text, &[]);
+    script.wait_for_file("pid");
+    for name in names {
+        let status = Command::new("kill")
+            .args(["-s", name, &script.child.id().to_string()])
+            .status()
+            .expect("kill is there");
+        assert!(status.success(), "{name}");
+        wait_for(name, || {
+            let got = std::fs::read_to_string(script.path("got")).unwrap_or_default();
+            (got.lines().last() == Some(name)).then_some(())
+        });
+    }
+    assert_eq!(script.child.try_wait().expect("our own child"), None);
+    script.signal(Blow::Terminate);
+    assert_eq!(script.end(), Some(128 + 15));
+}
+
 /// Guards a clean shutdown behind a script that is not `exec`: the script dies of the signal, and
 /// this process, PID 1 of a container, must not end before its server has.
 #[test]
@@ -118,7 +147,7 @@ fn a_server_that_outlives_its_script_is_waited_for() {
     assert_eq!(std::fs::read_to_string(script.path("clean")).unwrap(), "clean\n");
     // And killed after the grace, although the script has gone.
     let server = "trap \"\" TERM; echo $$ > pid; while :; do sleep 0.1; done";
-    let options = ["--stop-grace", "1s"];
+    let options = ["--stop-grace", "5s"];
     let mut script = Script::start(&format!("sh -c '{server}' & wait"), &options);
     let pid = number(&script.wait_for_file("pid"));
     script.signal(Blow::Terminate);
@@ -167,7 +196,7 @@ fn a_server_that_ends_by_itself_ends_the_supervisor_with_its_code_or_is_started_
 #[test]
 fn orphans_are_reaped() {
     let text = "( (sleep 0.2; echo $$ > /dev/null) & echo $! > orphan ); sleep 1000";
-    let mut script = Script::start(text, &["--stop-grace", "1s"]);
+    let mut script = Script::start(text, &["--stop-grace", "20s"]);
     let orphan = number(&script.wait_for_file("orphan"));
     wait_for("the orphan to be reaped", || (!is_alive(orphan)).then_some(()));
     script.signal(Blow::Terminate);
@@ -182,8 +211,8 @@ fn it_is_a_good_first_process_of_a_container() {
     let program = program.ancestors().nth(2).expect("two above").join("marcot-recipient");
     let script = format!(
         "exec {} supervise --listen 127.0.0.1:0 --health-command true --state-directory {h}/state \
-         --data-directory {h} --stop-grace 5s -- sh -c '(sleep 0.2 & echo $! > {h}/orphan); \
-         echo $$ > {h}/pid; exec sleep 1000' > {h}/log 2>&1",
+         --data-directory {h} --stop-grace 20s -- sh -c '((sleep 0.2; touch {h}/done) & \
+         echo $! > {h}/orphan); echo $$ > {h}/pid; exec sleep 1000' > {h}/log 2>&1",
         program.display(),
         h = home.path().display()
     );
@@ -192,24 +221,23 @@ fn it_is_a_good_first_process_of_a_container() {
         .spawn()
         .expect("unshare is there");
     let read = |name: &str| std::fs::read_to_string(home.path().join(name)).ok();
-    for name in ["orphan", "pid"] {
-        wait_for(name, || read(name).filter(|text| text.ends_with('\n')));
-    }
+    wait_for("the server", || read("pid").filter(|text| text.ends_with('\n')));
+    let orphan = wait_for("the orphan", || read("orphan").filter(|text| text.ends_with('\n')));
+    wait_for("the orphan to end", || read("done"));
     // The namespace's first process and its children, as this side knows them.
     let children = |of: u32| -> Vec<u32> {
         let list = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children"));
         list.unwrap_or_default().split_whitespace().map(number).collect()
     };
     let first = wait_for("the first process", || children(child.id()).first().copied());
-    // The server is a child of whichever thread has started it; orphans go to the first.
-    let is_zombie = |pid: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" Z"))
+    // The server is a child of whichever thread has started it; orphans go to the first. One that has
+    // ended and was not waited for is still there.
+    let is_orphan = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        line.and_then(|pids| pids.split_whitespace().last()) == Some(orphan.trim())
     };
-    wait_for("orphans to be reaped", || {
-        let left = children(first);
-        (left.iter().filter(|pid| is_zombie(pid)).count() == 0 && left.len() <= 1).then_some(())
-    });
+    wait_for("the orphan to be reaped", || (!children(first).iter().any(is_orphan)).then_some(()));
     Blow::Terminate.strike(first);
     let status = wait_for("the container to end", || child.try_wait().expect("our own child"));
     assert_eq!(status.code(), Some(128 + 15), "{}", read("log").unwrap_or_default());

@@ -55,6 +55,69 @@ async fn a_name_that_leads_to_no_listed_address_is_not_connected_to() {
     assert!(!pair.donor.0.log().contains("snapshot opened"), "{}", pair.donor.0.log());
 }
 
+/// IPv6 from the statement to the socket: a list's addresses and networks hold for it, and those of IPv4 do not.
+#[tokio::test]
+async fn a_donor_on_ipv6_is_cloned_from_where_its_address_or_network_is_listed() {
+    let home = new_directory();
+    let data = home.path().join("data");
+    std::fs::create_dir(&data).expect("writable");
+    std::fs::write(data.join("file"), b"content").expect("writable");
+    let donor = Donor::start(home.path(), &data, &["--listen", "[::1]:0"]);
+    assert!(donor.0.address.is_ipv6(), "{}", donor.0.address);
+    for (n, (list, is_listed)) in [
+        ("[::1]:*", true),
+        ("[::1/128]:*", true),
+        ("[0:0:0:0:0:0:0:1]:*", true),
+        ("127.0.0.0/8:*,0.0.0.0/0:*", false),
+        // A network reaches loopback only where it is all loopback.
+        ("[fd00::/8]:*,[::/0]:*", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let state = home.path().join(n.to_string());
+        std::fs::create_dir(&state).expect("writable");
+        let at = Recipient::start(&state, &["--donor-list", list]);
+        let mut client = recipient(&at).await;
+        let statement = donor.statement(&state.join("copy"), "").replace("127.0.0.1", "::1");
+        if is_listed {
+            let clone = marcot_tests::client::clone_and_wait(&mut client, &statement).await;
+            assert_eq!(clone.state(), State::Completed, "{list}: {clone:?}");
+            tree::assert_identical(&data, &state.join("copy"));
+        } else {
+            let error = clone_error(&mut client, &statement).await;
+            assert_eq!(error.reason, "DONOR_NOT_LISTED", "{list}: {error:?}");
+        }
+    }
+}
+
+/// Guards a list that changes: a donor is allowed once the file names it, and no longer than it does,
+/// without a restart. With the list as it was at the start the second clone is refused.
+#[tokio::test]
+async fn a_donor_list_in_a_file_holds_as_it_is_now() {
+    let home = new_directory();
+    let data = home.path().join("data");
+    std::fs::create_dir(&data).expect("writable");
+    tree::make(&data);
+    let donor = Donor::start(home.path(), &data, &[]);
+    let file = home.path().join("donors");
+    std::fs::write(&file, "# nobody yet\n").expect("writable");
+    let options = ["--donor-list-file", &file.display().to_string()];
+    let at = Recipient::start_with(home.path(), &options, &[("MARCOT_DONOR_LIST", "")]);
+    let mut client = recipient(&at).await;
+    let statement = donor.statement(&home.path().join("copy"), "");
+    assert_eq!(clone_error(&mut client, &statement).await.reason, "DONOR_NOT_LISTED");
+    std::fs::write(&file, format!("127.0.0.1:{} # ours\n", donor.port())).expect("writable");
+    let clone = marcot_tests::client::clone_and_wait(&mut client, &statement).await;
+    assert_eq!(clone.state(), State::Completed, "{clone:?}");
+    let statement = donor.statement(&home.path().join("another"), "");
+    std::fs::write(&file, "127.0.0.1").expect("writable");
+    assert_eq!(clone_error(&mut client, &statement).await.reason, "DONOR_NOT_LISTED");
+    assert!(at.0.log().contains("no donor may be cloned from"), "{}", at.0.log());
+    std::fs::write(&file, "127.0.0.2:*").expect("writable");
+    assert_eq!(clone_error(&mut client, &statement).await.reason, "DONOR_NOT_LISTED");
+}
+
 /// The plugin's way: what is listed is what must be written.
 #[tokio::test]
 async fn the_exact_way_takes_the_statements_words_only() {

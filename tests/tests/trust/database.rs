@@ -61,8 +61,8 @@ impl Site {
         let ca = certificates.ca();
         let ca = ["--ssl-ca", &ca];
         let trust = if recipient_options.is_empty() { &ca[..] } else { recipient_options };
-        let recipient =
-            Recipient::start(home.path(), &[&["--donor-timeout", "10s"], trust].concat());
+        let allowed = ["--allow-database-accounts", "--donor-timeout", "10s"];
+        let recipient = Recipient::start(home.path(), &[&allowed, trust].concat());
         Self { donor, server, recipient, home }
     }
 
@@ -169,6 +169,29 @@ async fn a_password_of_the_database_is_not_sent_to_an_unknown_key() {
     let name = started.clone.expect("a clone").name;
     let clone = marcot_tests::client::wait_for_end(&mut client, &name).await;
     assert_eq!(clone.state(), State::Completed, "{clone:?}");
+}
+
+/// Guards the password of a recipient whose operator has not said that donors may learn it: the donor is
+/// believed, its certificate is right, and it could have been taken over. Without `not_allowed` the first
+/// clone completes.
+#[tokio::test]
+async fn a_database_gets_no_password_from_a_recipient_that_does_not_allow_it() {
+    let site = Site::start(Version::V10_11, &[], &[]);
+    let elsewhere = new_directory();
+    let ca = site.home.path().join("tls/ca.pem").display().to_string();
+    let allowed = site.home.path().display().to_string();
+    let options = ["--ssl-ca", &ca, "--allow-directory", &allowed, "--donor-timeout", "10s"];
+    let cautious = Recipient::start(elsewhere.path(), &options);
+    let mut client = recipient(&cautious).await;
+    for clause in ["REQUIRE SSL", "REQUIRE NO SSL", ""] {
+        let error = clone_error(&mut client, &site.statement("native", "secret", clause)).await;
+        let got = (error.reason.as_str(), error.error_number);
+        assert_eq!(got, ("DATABASE_ACCOUNTS_NOT_ALLOWED", 3862), "{clause}: {error:?}");
+        assert_eq!(error.metadata["donor_mysql_error"], "2061", "{error:?}");
+        assert!(error.message.contains("--allow-database-accounts"), "{error:?}");
+    }
+    assert!(!site.donor.0.log().contains("logged in"), "{}", site.donor.0.log());
+    site.clone("native", "REQUIRE SSL").await;
 }
 
 /// Guards the seal: of all bytes of a plaintext clone none are the password's, nor a digest's that the

@@ -1,5 +1,6 @@
 //! Who may clone from whom, who may do what, and who is believed.
 
+mod accounts;
 mod addresses;
 mod capture;
 mod database;

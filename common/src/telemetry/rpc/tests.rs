@@ -85,6 +85,47 @@ async fn calls_are_counted_by_method_and_code() {
     assert_eq!(count(&metrics, check, "CANCELLED"), 0);
 }
 
+/// A health service that refuses everything.
+struct Refusing(&'static str);
+
+#[tonic::async_trait]
+impl Health for Refusing {
+    type WatchStream = WatchStream;
+
+    async fn check(
+        &self,
+        _: tonic::Request<HealthCheckRequest>,
+    ) -> Result<Answer<HealthCheckResponse>, Status> {
+        Err(Failure::new(Code::PermissionDenied, self.0, "no").to_status())
+    }
+
+    async fn watch(
+        &self,
+        _: tonic::Request<HealthCheckRequest>,
+    ) -> Result<Answer<Self::WatchStream>, Status> {
+        Err(Status::internal("no reason"))
+    }
+}
+
+/// Guards the bound on time series, and that refusals are seen: a reason that is on no list is OTHER.
+#[tokio::test]
+async fn failed_calls_are_counted_by_reason() {
+    let metrics = Metrics::new("donor");
+    for reason in ["NOT_LOGGED_IN", "MADE_UP"] {
+        let (channel, _stop) = serve(&metrics, Refusing(reason)).await;
+        let mut client = HealthClient::new(channel);
+        client.check(request("")).await.unwrap_err();
+        client.check(request("")).await.unwrap_err();
+        client.watch(request("")).await.unwrap_err();
+    }
+    let text = metrics.encode().unwrap();
+    for (reason, count) in [("NOT_LOGGED_IN", 2), ("OTHER", 4)] {
+        let line = format!("marcot_calls_failed_total{{reason=\"{reason}\"}} {count}\n");
+        assert!(text.contains(&line), "{line} is not in {text}");
+    }
+    assert!(!text.contains("MADE_UP"));
+}
+
 #[tokio::test]
 async fn a_stream_is_counted_when_it_ends_and_not_before() {
     let metrics = Metrics::new("donor");

@@ -66,7 +66,8 @@ fn check_account(session: &mut Session, user: &str) -> Result<(), Failure> {
         "ACCOUNT_WITHOUT_PASSWORD",
         format!(
             "the database takes user '{user}' for its account {account}, which is not known by a \
-             password alone; clone with an account that is (mysql_native_password, ed25519)"
+             password alone; clone with an account that is (mysql_native_password, ed25519, \
+             caching_sha2_password)"
         ),
     )
     .mysql(1045))

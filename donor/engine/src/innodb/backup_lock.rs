@@ -10,7 +10,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -25,6 +25,7 @@ use super::{
     sabotage,
     server::{Server, Session, SqlError},
 };
+use crate::observer::{Blocked, Observer};
 
 /// Longest wait for one lock, seconds, before all are let go: who waits for these locks stops who
 /// comes after.
@@ -43,7 +44,7 @@ const COMMIT_SILENCE_SECONDS: u32 = 2;
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// Wait for the locks when the caller names none (clone_ddl_timeout).
-pub(super) const DDL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
+pub const DDL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
 
 /// Pause before the locks are tried again, and its bound.
 const BACK_OFF: Duration = Duration::from_millis(500);
@@ -58,6 +59,17 @@ pub(super) struct BackupLock {
     heard: Instant,
     /// BLOCK_COMMIT was asked for: commits may wait until this connection ends.
     has_asked_commit: bool,
+    observer: Observer,
+    /// Since when DDL waits.
+    ddl_since: Option<Instant>,
+    /// Since when commits wait: from the moment that the lock was asked for, they queue behind it.
+    commit_since: Option<Instant>,
+}
+
+impl Drop for BackupLock {
+    fn drop(&mut self) {
+        self.tell_ended();
+    }
 }
 
 /// What became of a try to take locks.
@@ -103,7 +115,17 @@ impl BackupLock {
                 run(&mut session, sql)?;
             }
         }
-        Ok(Self { session, flavor, heard: Instant::now(), has_asked_commit: false })
+        let now = Instant::now();
+        let observer = server.observer().clone();
+        Ok(Self {
+            session,
+            flavor,
+            heard: now,
+            has_asked_commit: false,
+            observer,
+            ddl_since: Some(now),
+            commit_since: None,
+        })
     }
 
     /// Blocks commits as well. Where they could not be blocked in time, DDL still is. MySQL needs no
@@ -113,6 +135,7 @@ impl BackupLock {
             return Ok(());
         }
         self.has_asked_commit = true;
+        self.commit_since = Some(Instant::now());
         let blocked = self.try_block_commit();
         if let Err(LockError::Busy(_)) = &blocked {
             let settings = format!(
@@ -122,6 +145,7 @@ impl BackupLock {
             let restored = self.session.execute(&settings);
             restored.map_err(|error| LockError::of(error, &settings))?;
             self.has_asked_commit = false;
+            self.tell_commits();
         }
         blocked
     }
@@ -151,6 +175,11 @@ impl BackupLock {
             return Ok(());
         }
         self.heard = Instant::now();
+        self.prove()
+    }
+
+    /// Fails where the locks have gone, with the connection that holds them.
+    pub(super) fn prove(&mut self) -> Result<(), Failure> {
         let alive = self.session.execute("DO 1");
         alive.map_err(|error| error.failure("keep the backup lock"))
     }
@@ -162,7 +191,23 @@ impl BackupLock {
             Flavor::MariaDb => "BACKUP STAGE END",
             Flavor::MySql => "UNLOCK INSTANCE",
         };
-        self.session.execute(sql).map_err(|error| error.failure("let the backup lock go"))
+        self.session.execute(sql).map_err(|error| error.failure("let the backup lock go"))?;
+        self.tell_ended();
+        Ok(())
+    }
+
+    fn tell_commits(&mut self) {
+        if let Some(since) = self.commit_since.take() {
+            self.observer.blocked(Blocked::Commits, since.elapsed());
+        }
+    }
+
+    /// Tells how long anyone has waited for the locks, once.
+    fn tell_ended(&mut self) {
+        self.tell_commits();
+        if let Some(since) = self.ddl_since.take() {
+            self.observer.blocked(Blocked::Ddl, since.elapsed());
+        }
     }
 }
 
@@ -215,23 +260,57 @@ pub(super) struct DdlBlock {
 #[derive(Debug)]
 struct DdlShared {
     lock: Mutex<Result<BackupLock, Failure>>,
+    /// Why it was lost, for those who do not wait until its connection is free. They keep this alone:
+    /// the connection ends with the block.
+    lost: Arc<OnceLock<Failure>>,
+    flavor: Flavor,
     ended: AtomicBool,
 }
 
 /// The lock, while nobody else uses its connection.
-pub(super) struct HeldLock<'a>(MutexGuard<'a, Result<BackupLock, Failure>>);
+pub(super) struct HeldLock<'a> {
+    lock: MutexGuard<'a, Result<BackupLock, Failure>>,
+    flavor: Flavor,
+}
 
 impl HeldLock<'_> {
     /// The lock; an error once it was lost.
     pub(super) fn get(&mut self) -> Result<&mut BackupLock, Failure> {
-        self.0.as_mut().map_err(|failure| {
-            let text = format!(
-                "the connection that blocks DDL for the whole clone was lost, so that DDL may have \
-                 run since ({}); clone again",
-                failure.message
-            );
-            Failure::new(Code::Aborted, "DDL_BLOCK_LOST", text)
-        })
+        self.lock.as_mut().map_err(|failure| lost(self.flavor, failure))
+    }
+}
+
+/// Tells whether DDL has been blocked all the time; it waits for nothing.
+#[derive(Debug)]
+pub(super) struct DdlWatch {
+    lost: Arc<OnceLock<Failure>>,
+    flavor: Flavor,
+}
+
+impl DdlWatch {
+    /// An error once the lock was lost: some seconds after that at the latest.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        self.lost.get().map_or(Ok(()), |failure| Err(lost(self.flavor, failure)))
+    }
+}
+
+/// DDL may have run. MySQL's has left no redo, so that this snapshot cannot be gone on with; nobody
+/// has asked for the block there, and another snapshot serves. MariaDB's caller has asked for it.
+fn lost(flavor: Flavor, why: &Failure) -> Failure {
+    let text = format!(
+        "the connection that blocks DDL for the whole clone was lost, so that DDL may have run since \
+         ({})",
+        why.message
+    );
+    match flavor {
+        Flavor::MariaDb => {
+            Failure::new(Code::Aborted, "DDL_BLOCK_LOST", format!("{text}; clone again"))
+        }
+        Flavor::MySql => Failure::new(
+            Code::NotFound,
+            "UNKNOWN_SNAPSHOT",
+            format!("{text}: MySQL's DDL writes no redo; it needs another snapshot"),
+        ),
     }
 }
 
@@ -244,8 +323,12 @@ impl DdlBlock {
         progress: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<Self, Failure> {
         let lock = retry_while_busy(limit, progress, |_| BackupLock::block_ddl(server, flavor))?;
-        let shared =
-            Arc::new(DdlShared { lock: Mutex::new(Ok(lock)), ended: AtomicBool::new(false) });
+        let shared = Arc::new(DdlShared {
+            lock: Mutex::new(Ok(lock)),
+            lost: Arc::default(),
+            flavor,
+            ended: AtomicBool::new(false),
+        });
         let keeper = std::thread::Builder::new().name("ddl-block".to_owned()).spawn({
             let shared = Arc::clone(&shared);
             move || shared.keep_alive()
@@ -258,12 +341,18 @@ impl DdlBlock {
 
     /// Whether it serves another cut: not once commits may be blocked by it, or were.
     pub(super) fn is_reusable(&self) -> bool {
-        self.lock().0.as_ref().map_or(true, |lock| !lock.has_asked_commit)
+        self.lock().lock.as_ref().map_or(true, |lock| !lock.has_asked_commit)
     }
 
     /// The lock, for the cut.
     pub(super) fn lock(&self) -> HeldLock<'_> {
-        HeldLock(self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner))
+        let lock = self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        HeldLock { lock, flavor: self.shared.flavor }
+    }
+
+    /// Who tells whether it was lost.
+    pub(super) fn watch(&self) -> DdlWatch {
+        DdlWatch { lost: Arc::clone(&self.shared.lost), flavor: self.shared.flavor }
     }
 }
 
@@ -278,6 +367,8 @@ impl DdlShared {
                 && let Err(failure) = held.keep_alive()
             {
                 tracing::warn!(error = %failure, "the lock that blocks DDL was lost");
+                // It is the first: a lock that was lost is not looked at again.
+                let _ = self.lost.set(failure.clone());
                 *lock = Err(failure);
             }
         }

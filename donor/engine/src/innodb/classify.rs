@@ -127,6 +127,13 @@ impl Classifier {
         })
     }
 
+    /// Leaves out as well what has the names of the clone's own binary log: files of an earlier
+    /// setting of the donor's, which the clone's server would go on with.
+    pub(super) fn for_binlog(mut self, base: Option<&str>) -> Self {
+        self.binlogs.extend(base.map(|base| base.as_bytes().to_vec()));
+        self
+    }
+
     /// The kind of server.
     pub(super) fn flavor(&self) -> Flavor {
         self.flavor

@@ -88,6 +88,11 @@ pub(super) struct DeletedSpaces {
 }
 
 impl DeletedSpaces {
+    /// Whether it takes this one for deleted.
+    pub(super) fn has(&self, space: u32) -> bool {
+        self.ends.contains_key(&space)
+    }
+
     /// From which LSN on recovery must begin so that it takes none for deleted that `tree` has.
     ///
     /// `listed` are the tablespaces of a walk after the checkpoint. Where ids are hidden, each

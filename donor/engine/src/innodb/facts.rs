@@ -38,6 +38,8 @@ pub(super) fn complete(session: &mut Session, facts: Facts) -> Result<ServerFact
         // These need PROCESS, which the account of a recipient may lack.
         encryption: encryption(session, flavor, encrypts_log).ok(),
         undo_files: undo_files(session, flavor).ok().flatten(),
+        // This one needs SELECT on the table.
+        keyring_component: keyring_component(session, flavor).ok().flatten(),
         variables: facts.variables.into_iter().collect(),
     })
 }
@@ -94,6 +96,18 @@ fn undo_files(session: &mut Session, flavor: Flavor) -> Result<Option<Vec<String
     let rows = session
         .rows("SELECT FILE_NAME FROM information_schema.FILES WHERE FILE_TYPE = 'UNDO LOG'")?;
     Ok(Some(sorted(rows.iter().map(|row| row.text(0)), UNDO_FILES_MAX)))
+}
+
+/// Without a component the table is empty.
+fn keyring_component(session: &mut Session, flavor: Flavor) -> Result<Option<bool>, SqlError> {
+    if flavor == Flavor::MariaDb {
+        return Ok(None);
+    }
+    let rows = session.rows(
+        "SELECT STATUS_VALUE FROM performance_schema.keyring_component_status WHERE STATUS_KEY = \
+         'Component_status'",
+    )?;
+    Ok(Some(rows.iter().any(|row| row.text(0).eq_ignore_ascii_case("Active"))))
 }
 
 fn sorted(names: impl Iterator<Item = String>, most: usize) -> Vec<String> {

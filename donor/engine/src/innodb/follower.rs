@@ -14,26 +14,25 @@
 //!   each ends as in a log's first lap. MySQL: its last block is written again until it is full.
 //! * One follower serves all snapshots. When it has lost the log it starts over as another
 //!   generation; what a snapshot took from an earlier one is of no use to it any more.
+//! * A clone whose point is fixed keeps its redo up to there, whatever becomes of the log and of
+//!   other clones. What was freed is never read.
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use marcot_common::failure::Failure;
-use rustix::fs::FallocateFlags;
 use tonic::Code;
 
 use super::{
     deletions::{DeletedSpaces, Deletion, Deletions},
     flavor::Flavor,
-    mysql::consumer,
+    mysql::consumer::Consumer,
     redo_log::{Head, RedoLog},
+    redo_spool::RedoSpool,
     server::{Server, Session, SqlError},
 };
 
@@ -89,57 +88,22 @@ struct State {
 #[derive(Debug)]
 struct Need {
     start: u64,
+    /// What comes after it is not needed.
+    point: Option<u64>,
     generation: u64,
+    /// How far its generation was followed, once there is another one.
+    followed: Option<u64>,
     failure: Option<Failure>,
 }
 
-/// Redo in a file without a name.
-#[derive(Debug)]
-pub(super) struct RedoSpool {
-    file: File,
-    base: u64,
-    directory: PathBuf,
-}
-
-impl RedoSpool {
-    fn create(directory: &Path, base: u64) -> Result<Self, Failure> {
-        let file = tempfile::tempfile_in(directory)
-            .map_err(|e| Failure::io("create the redo spool in", directory, &e))?;
-        Ok(Self { file, base, directory: directory.to_owned() })
+impl Need {
+    fn new(start: u64, generation: u64) -> Self {
+        Self { start, point: None, generation, followed: None, failure: None }
     }
 
-    /// One that holds `bytes`.
-    #[cfg(test)]
-    pub(super) fn holding(directory: &Path, base: u64, bytes: &[u8]) -> Self {
-        let spool = Self::create(directory, base).unwrap();
-        spool.write(base, bytes).unwrap();
-        spool
-    }
-
-    fn write(&self, lsn: u64, bytes: &[u8]) -> Result<(), Failure> {
-        self.file.write_all_at(bytes, lsn - self.base).map_err(|e| self.failed(&e))
-    }
-
-    /// Reads records of the first lap.
-    pub(super) fn read(&self, lsn: u64, buffer: &mut [u8]) -> Result<(), Failure> {
-        let offset = lsn.checked_sub(self.base).ok_or_else(|| {
-            Failure::bug(format!("redo at {lsn} was asked for, the spool begins at {}", self.base))
-        })?;
-        self.file.read_exact_at(buffer, offset).map_err(|e| self.failed(&e))
-    }
-
-    /// Frees what lies before `lsn`.
-    fn drop_before(&self, lsn: u64) {
-        let length = lsn.saturating_sub(self.base) & !0xfff;
-        if length > 0 {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // Where the file system cannot, the bytes stay until the spool goes.
-            let _ = rustix::fs::fallocate(&self.file, flags, 0, length);
-        }
-    }
-
-    fn failed(&self, error: &io::Error) -> Failure {
-        Failure::io("use the redo spool in", &self.directory, error)
+    /// Whether it needs all that this generation still follows.
+    fn goes_on(&self, generation: u64) -> bool {
+        self.generation == generation && self.failure.is_none() && self.point.is_none()
     }
 }
 
@@ -159,9 +123,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.needs.remove(&self.need);
-        if let Some(least) = state.least() {
-            state.drop_before(least);
-        }
+        state.free();
         self.shared.changed.notify_all();
     }
 }
@@ -177,11 +139,50 @@ impl Hold {
         Arc::clone(&self.spool)
     }
 
-    /// End of what has been followed; an error once the log was lost.
+    /// End of what has been followed of its redo, an error once the log was lost. Its checkpoint may
+    /// be newer than what an earlier clone's follower has come to: there is none of it then.
     pub(super) fn end(&self) -> Result<u64, Failure> {
         let state = self.shared.lock();
         self.check(&state)?;
-        Ok(state.end)
+        Ok(state.end.max(self.checkpoint()))
+    }
+
+    /// How far its log was followed, be it lost or not: the server had flushed all of that.
+    pub(super) fn followed(&self) -> u64 {
+        let state = self.shared.lock();
+        let followed = state.needs.get(&self.need).and_then(|need| need.followed);
+        followed.unwrap_or(state.end)
+    }
+
+    /// What it is given from now on ends at `lsn`, which has been followed: that stays, whatever
+    /// becomes of the log.
+    pub(super) fn fix(&self, lsn: u64) -> Result<(), Failure> {
+        let mut state = self.shared.lock();
+        self.check(&state)?;
+        if state.end < lsn {
+            return Err(Failure::bug(format!("{lsn} is fixed, {} was followed", state.end)));
+        }
+        if let Some(need) = state.needs.get_mut(&self.need) {
+            need.point = Some(lsn);
+        }
+        state.free();
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// An error once redo of it may have been freed.
+    pub(super) fn check_kept(&self) -> Result<(), Failure> {
+        let state = self.shared.lock();
+        let need = state.needs.get(&self.need);
+        need.and_then(|need| need.failure.clone()).map_or(Ok(()), Err)
+    }
+
+    /// Whether the server is MariaDB or MySQL.
+    pub(super) fn flavor(&self) -> Flavor {
+        match self.head {
+            Head::MariaDb { .. } => Flavor::MariaDb,
+            Head::MySql { .. } => Flavor::MySql,
+        }
     }
 
     /// Tablespaces that recovery from its checkpoint takes for deleted, as far as the log has been
@@ -202,6 +203,7 @@ impl Hold {
         let need = need.ok_or_else(|| Failure::bug("a hold on the redo log has gone"))?;
         match (&need.failure, &state.failure) {
             (Some(failure), _) => Err(failure.clone()),
+            (None, _) if need.point.is_some() => Ok(()),
             (None, Some(failure)) if need.generation == state.generation => Err(failure.clone()),
             (None, _) if need.generation != state.generation => Err(Failure::new(
                 Code::Aborted,
@@ -212,13 +214,16 @@ impl Hold {
         }
     }
 
-    /// Waits until the log has been followed up to `lsn`, which the server has flushed.
+    /// Waits until the log has been followed up to `lsn`, which the server has written, and flushes within
+    /// `late`.
     pub(super) fn wait_for(
         &self,
         lsn: u64,
+        late: Duration,
         progress: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let deadline = Instant::now() + REACH_MAX;
+        let limit = REACH_MAX + late;
+        let deadline = Instant::now() + limit;
         let mut state = self.shared.lock();
         loop {
             self.check(&state)?;
@@ -230,9 +235,10 @@ impl Hold {
                     Code::Unavailable,
                     "REDO_STALLED",
                     format!(
-                        "the redo log was followed up to LSN {}, LSN {lsn} was not reached in {} s",
+                        "the redo log was followed up to LSN {}, LSN {lsn} was not reached in {} s; \
+                         the disk that the server writes it to may stand still",
                         state.end,
-                        REACH_MAX.as_secs()
+                        limit.as_secs()
                     ),
                 ));
             }
@@ -246,10 +252,10 @@ impl Hold {
 }
 
 impl State {
-    /// Where the first of the clones begins that still use this generation.
+    /// Where the first of the clones begins that go on with this generation.
     fn least(&self) -> Option<u64> {
-        let uses = |need: &&Need| need.generation == self.generation && need.failure.is_none();
-        self.needs.values().filter(uses).map(|need| need.start).min()
+        let go_on = self.needs.values().filter(|need| need.goes_on(self.generation));
+        go_on.map(|need| need.start).min()
     }
 
     /// Whether a clone that begins at `lsn` can use what is followed.
@@ -257,16 +263,58 @@ impl State {
         self.running
             && self.failure.is_none()
             && lsn >= self.dropped_to
-            && self.spool.as_ref().is_some_and(|spool| spool.base <= lsn)
-            && self.needs.values().any(|need| need.generation == self.generation)
+            && self.spool.as_ref().is_some_and(|spool| spool.base() <= lsn)
+            && self.least().is_some()
     }
 
-    /// Frees what lies before `lsn`.
-    fn drop_before(&mut self, lsn: u64) {
-        if let Some(spool) = &self.spool {
-            spool.drop_before(lsn);
-            self.dropped_to = self.dropped_to.max(lsn);
-            self.deletions.drop_before(lsn);
+    /// Another generation begins: how far the last one came stays with its clones.
+    fn leave_generation(&mut self) {
+        for need in self.needs.values_mut() {
+            need.followed.get_or_insert(self.end);
+        }
+        self.generation += 1;
+    }
+
+    /// Frees what lies before all clones that go on; of it, those whose point is fixed keep what
+    /// they will read.
+    fn free(&mut self) {
+        let Some(spool) = &self.spool else { return };
+        let until = self.least().unwrap_or(self.end);
+        let is_fixed = |need: &&Need| need.generation == self.generation && need.failure.is_none();
+        let fixed = self.needs.values().filter(is_fixed);
+        let mut kept: Vec<(u64, u64)> =
+            fixed.filter_map(|need| Some((need.start, need.point?))).collect();
+        kept.sort_unstable();
+        let mut from = spool.base();
+        for (start, point) in kept {
+            spool.free(from, start.min(until));
+            from = from.max(point);
+        }
+        spool.free(from, until);
+        self.dropped_to = self.dropped_to.max(until);
+        self.deletions.drop_before(until);
+    }
+
+    /// A snapshot over the quota fails alone: the one that keeps most.
+    fn keep_quota(&mut self, quota: u64) {
+        let (generation, end) = (self.generation, self.end);
+        let mut is_over = false;
+        for need in self.needs.values_mut().filter(|need| need.goes_on(generation)) {
+            let held = end.saturating_sub(need.start);
+            if held > quota {
+                need.failure = Some(Failure::new(
+                    Code::ResourceExhausted,
+                    "REDO_SPOOL_FULL",
+                    format!(
+                        "{held} bytes of redo are to be kept for this clone, --spool-quota allows \
+                         {quota}"
+                    ),
+                ));
+                is_over = true;
+            }
+        }
+        if is_over {
+            self.free();
         }
     }
 }
@@ -306,17 +354,17 @@ impl Follower {
         let mut head = log.head()?;
         if !state.serves(head.start()) {
             let mut session = self.server.connect()?;
-            let is_consumer = match flavor {
-                Flavor::MariaDb => false,
+            let consumer = match flavor {
+                Flavor::MariaDb => None,
                 Flavor::MySql => {
-                    let is_consumer = consumer::register(&mut session)?;
+                    let consumer = Consumer::register(&mut session)?;
                     // From here on nothing after this checkpoint goes.
                     log = RedoLog::open(flavor, &self.directory)?;
                     head = log.head()?;
-                    is_consumer
+                    Some(consumer)
                 }
             };
-            state.generation += 1;
+            state.leave_generation();
             state.running = true;
             state.failure = None;
             let spool = Arc::new(RedoSpool::create(&self.spool_directory, head.start())?);
@@ -334,8 +382,7 @@ impl Follower {
                 position: head.start(),
                 log,
                 session,
-                is_consumer,
-                advanced: 0,
+                consumer,
             };
             let thread = std::thread::Builder::new().name("redo-follower".to_owned());
             thread.spawn(move || follow.run()).map_err(|e| {
@@ -345,7 +392,8 @@ impl Follower {
         let number = state.next_need;
         state.next_need += 1;
         let generation = state.generation;
-        state.needs.insert(number, Need { start: head.start(), generation, failure: None });
+        let need = Need::new(head.start(), generation);
+        state.needs.insert(number, need);
         let spool = state.spool.clone().ok_or_else(|| Failure::bug("no redo spool"))?;
         let capacity = state.capacity;
         drop(state);
@@ -364,10 +412,8 @@ struct Follow {
     position: u64,
     log: RedoLog,
     session: Session,
-    /// Whether the server keeps for us what was not read yet.
-    is_consumer: bool,
-    /// How far it was told that we are.
-    advanced: u64,
+    /// MySQL: whether the server keeps for us what was not read yet.
+    consumer: Option<Consumer>,
 }
 
 impl Follow {
@@ -381,7 +427,9 @@ impl Follow {
                 if state.generation != self.generation {
                     return;
                 }
-                if !state.needs.values().any(|n| n.generation == self.generation) {
+                // Those over the quota are not served by what comes, nor are those whose point is
+                // fixed: it would fill the spool for nobody.
+                if state.least().is_none() {
                     state.running = false;
                     return;
                 }
@@ -404,7 +452,7 @@ impl Follow {
                     state.running = false;
                 }
             }
-            self.keep_quota(&mut state);
+            state.keep_quota(self.shared.quota);
             self.shared.changed.notify_all();
             if state.failure.is_some() {
                 return;
@@ -462,22 +510,10 @@ impl Follow {
 
     /// Lets the server use again what was read.
     fn advance_consumer(&mut self) -> Result<(), Failure> {
-        if !self.is_consumer {
-            return Ok(());
-        }
         let lsn = self.log.read_start(self.position);
-        if lsn == self.advanced {
-            return Ok(());
-        }
-        self.advanced = lsn;
-        match consumer::advance(&mut self.session, lsn) {
-            Ok(()) => Ok(()),
-            // The registration has gone with it; `lsn` connects anew.
-            Err(SqlError::Lost(_)) => {
-                self.is_consumer = false;
-                Ok(())
-            }
-            Err(error) => Err(error.failure("advance the redo log consumer")),
+        match &mut self.consumer {
+            Some(consumer) => consumer.advance(&mut self.session, lsn),
+            None => Ok(()),
         }
     }
 
@@ -486,8 +522,8 @@ impl Follow {
         let lsn = match self.session.lsn() {
             Err(SqlError::Lost(_)) => {
                 self.session = self.server.connect()?;
-                if self.is_mysql() {
-                    self.is_consumer = consumer::register(&mut self.session)?;
+                if let Some(consumer) = &mut self.consumer {
+                    consumer.connected(&mut self.session)?;
                 }
                 self.session.lsn()
             }
@@ -505,29 +541,6 @@ impl Follow {
     fn is_mysql(&self) -> bool {
         matches!(self.log, RedoLog::MySql(_))
     }
-
-    /// A snapshot over the quota fails alone: the one that keeps most.
-    fn keep_quota(&self, state: &mut State) {
-        let (end, quota) = (state.end, self.shared.quota);
-        let mut freed = false;
-        for need in state.needs.values_mut() {
-            let held = end.saturating_sub(need.start);
-            if need.generation == self.generation && need.failure.is_none() && held > quota {
-                need.failure = Some(Failure::new(
-                    Code::ResourceExhausted,
-                    "REDO_SPOOL_FULL",
-                    format!(
-                        "{held} bytes of redo are to be kept for this clone, --spool-quota allows \
-                             {quota}"
-                    ),
-                ));
-                freed = true;
-            }
-        }
-        if freed {
-            state.drop_before(state.least().unwrap_or(end));
-        }
-    }
 }
 
 /// A pause in which at most a sixteenth of the log is written.
@@ -543,6 +556,11 @@ fn next_pause(last: Duration, read: u64, capacity: u64, took: Duration) -> Durat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::innodb::{
+        mysql::redo::{HEADER_BYTES, Header},
+        redo_file::RedoFile,
+        redo_spool::FREED_BYTES,
+    };
 
     /// Guards R5: what was freed for want of room reads as zeros. With `dropped_to` not asked, the
     /// next clone would join, and end in REDO_INVALID after all of its copy.
@@ -550,7 +568,7 @@ mod tests {
     fn a_spool_that_was_freed_serves_only_those_who_begin_later() {
         let directory = tempfile::tempdir().unwrap();
         let spool = RedoSpool::create(directory.path(), 100).unwrap();
-        let need = |failure| Need { start: 100, generation: 1, failure };
+        let need = |failure| Need { failure, ..Need::new(100, 1) };
         let mut state = State {
             generation: 1,
             running: true,
@@ -563,11 +581,152 @@ mod tests {
         let full = Failure::new(Code::ResourceExhausted, "REDO_SPOOL_FULL", "full");
         state.needs.insert(0, need(Some(full)));
         assert_eq!(state.least(), None);
-        state.drop_before(5000);
+        state.free();
+        state.needs.insert(1, need(None));
         assert!(!state.serves(4000) && state.serves(5000));
-        state.needs.insert(1, Need { start: 40, generation: 0, failure: None });
+        let earlier = Need { generation: 0, start: 40, ..need(None) };
+        state.needs = BTreeMap::from([(1, earlier)]);
         assert_eq!(state.least(), None, "one of another generation reads another spool");
+        state.needs.insert(2, need(None));
         state.failure = Some(Failure::bug("lost"));
         assert!(!state.serves(5000));
+    }
+
+    /// A block of the spool, and where each begins.
+    const BLOCK: u64 = FREED_BYTES;
+    const BASE: u64 = 1000;
+
+    fn at(block: u64) -> u64 {
+        BASE + block * BLOCK
+    }
+
+    /// The head of any log.
+    fn header() -> Header {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[3] = 6;
+        bytes[14] = 2;
+        let crc = crc32c::crc32c(&bytes[..508]);
+        bytes[508..512].copy_from_slice(&crc.to_be_bytes());
+        Header::parse(&bytes).unwrap()
+    }
+
+    /// A log of 16 blocks that was followed to its end, and holds that begin at those blocks.
+    fn followed<const N: usize>(starts: [u64; N]) -> (tempfile::TempDir, [Hold; N]) {
+        let directory = tempfile::tempdir().unwrap();
+        let bytes = vec![7; usize::try_from(16 * BLOCK).unwrap()];
+        let spool = Arc::new(RedoSpool::holding(directory.path(), BASE, &bytes));
+        let need = |start| Need::new(at(start), 1);
+        let state = State {
+            generation: 1,
+            running: true,
+            spool: Some(Arc::clone(&spool)),
+            end: at(16),
+            needs: (0..).zip(starts.map(need)).collect(),
+            ..State::default()
+        };
+        let shared = Shared { state: Mutex::new(state), changed: Condvar::new(), quota: 0 };
+        let shared = Arc::new(shared);
+        let mut numbers = 0..;
+        let holds = starts.map(|start| Hold {
+            shared: Arc::clone(&shared),
+            need: numbers.next().unwrap(),
+            head: Head::MySql { header: Box::new(header()), checkpoint: at(start) },
+            capacity: 0,
+            spool: Arc::clone(&spool),
+        });
+        (directory, holds)
+    }
+
+    /// Which blocks of a spool can still be read.
+    fn readable(spool: &RedoSpool) -> Vec<u64> {
+        let mut block = [0; FREED_BYTES as usize];
+        let is_readable = |n: &u64| match spool.read(at(*n), &mut block) {
+            Ok(()) => {
+                assert!(block.iter().all(|&b| b == 7), "block {n} was freed");
+                true
+            }
+            Err(failure) => {
+                assert_eq!(failure.reason, "REDO_OVERRUN", "{failure}");
+                false
+            }
+        };
+        (0..16).filter(is_readable).collect()
+    }
+
+    /// Guards the redo of a clone whose point is fixed: only what lies before the point counts, and
+    /// neither the quota nor another clone frees it. With what comes after it counted the clone is
+    /// given zeros, and nobody is told.
+    #[test]
+    fn what_comes_after_a_clones_point_costs_it_nothing() {
+        let (_directory, [fixed, other]) = followed([2, 6]);
+        fixed.fix(at(9)).unwrap();
+        assert_eq!(fixed.shared.lock().least(), Some(at(6)));
+        // One more clone goes on, and outgrows the quota.
+        fixed.shared.lock().keep_quota(9 * BLOCK);
+        assert_eq!(other.end().unwrap_err().reason, "REDO_SPOOL_FULL");
+        assert!(fixed.check_kept().is_ok() && other.check_kept().is_err());
+        assert_eq!(readable(&fixed.spool), Vec::from_iter(2..9));
+        // And neither is the log's loss its own.
+        fixed.shared.lock().failure = Some(Failure::bug("lost"));
+        assert!(!fixed.is_lost() && other.is_lost());
+        drop(other);
+        assert_eq!(readable(&fixed.spool), Vec::from_iter(2..9));
+        assert_eq!(fixed.shared.lock().least(), None, "the follower ends");
+        let spool = fixed.spool();
+        drop(fixed);
+        assert!(readable(&spool).is_empty());
+    }
+
+    /// Guards the room: between the parts that clones with a point keep, and before one that goes
+    /// on, nothing stays. Without it a paused clone keeps all that others need after it.
+    #[test]
+    fn a_clone_with_a_point_keeps_its_part_and_no_more() {
+        let (_directory, [first, second, third]) = followed([1, 5, 12]);
+        first.fix(at(3)).unwrap();
+        second.fix(at(7) + 1).unwrap();
+        assert_eq!(readable(&first.spool), Vec::from_iter([1, 2, 5, 6, 7, 12, 13, 14, 15]));
+        drop(first);
+        assert_eq!(readable(&third.spool), Vec::from_iter([5, 6, 7, 12, 13, 14, 15]));
+        assert!(!third.shared.lock().serves(at(11)) && third.shared.lock().serves(at(12)));
+    }
+
+    /// Guards the sizes of a clone that joins a follower which has not come to its checkpoint yet: it
+    /// has a log without records then. With the end of what was followed taken as its own, that lies
+    /// before its beginning, and its log is of nearly 2^64 bytes.
+    #[test]
+    fn a_clone_that_begins_after_what_was_followed_has_no_redo_yet() {
+        let (_directory, [first, next]) = followed([2, 18]);
+        assert_eq!(first.end().unwrap(), at(16));
+        assert!(next.shared.lock().serves(at(18)));
+        assert_eq!(next.end().unwrap(), at(18));
+        let log = RedoFile::so_far(&Arc::new(next));
+        assert_eq!(log.size(), HEADER_BYTES as u64);
+    }
+
+    /// Guards the lineage across another clone's generation: what the first one had followed stays
+    /// known. With the follower's present end taken for it, a server that was set back, and that
+    /// another clone follows by now, is taken for the same one.
+    #[test]
+    fn how_far_a_log_was_followed_outlives_its_generation() {
+        let (_directory, [first]) = followed([2]);
+        let mut state = first.shared.lock();
+        state.leave_generation();
+        state.end = at(3);
+        drop(state);
+        assert_eq!(first.followed(), at(16));
+        let mut state = first.shared.lock();
+        state.leave_generation();
+        drop(state);
+        assert_eq!(first.followed(), at(16), "of its own generation");
+    }
+
+    /// Guards the end of a clone over its quota: without the look at its failure the follower writes
+    /// on into the spool, beyond the quota, for as long as the clone is paused.
+    #[test]
+    fn nothing_is_followed_for_a_clone_over_its_quota() {
+        let (_directory, [over]) = followed([0]);
+        over.shared.lock().keep_quota(15 * BLOCK);
+        let state = over.shared.lock();
+        assert!(state.least().is_none() && !state.serves(at(16)));
     }
 }

@@ -7,7 +7,7 @@ use marcot_common::failure::Failure;
 
 use super::{
     paths,
-    server::{DatabaseConfig, Row, Server, Session},
+    server::{DatabaseConfig, Row, Server, Session, SqlError},
 };
 
 /// Engines whose tables lie elsewhere, or nowhere: a read says nothing of this server.
@@ -67,9 +67,11 @@ pub fn check(
             return Err(unhealthy(format!("{schema}.{table} cannot be opened: {}", row.text(3))));
         }
         let sql = format!("SELECT * FROM {}.{} LIMIT 1", quoted(&schema), quoted(&table));
-        session
-            .rows(&sql)
-            .map_err(|e| unhealthy(format!("the first row of {schema}.{table}: {e}")))?;
+        session.rows(&sql).map_err(|e| match e {
+            // It takes long, or the server has gone: not what a table that cannot be read is answered by.
+            SqlError::Lost(_) => e.failure(&format!("read the first row of {schema}.{table}")),
+            SqlError::Server { .. } => unhealthy(format!("the first row of {schema}.{table}: {e}")),
+        })?;
         tables_read += 1;
     }
     if tables_read == 0 {
@@ -100,10 +102,9 @@ pub struct Replaceable {
     pub is_galera: bool,
     /// Whether it is a member of a group (Group Replication), or is joining one.
     pub is_in_group: bool,
-    /// Directories that it does not take for schemas (ignore_db_dirs).
-    pub ignored_directories: Vec<String>,
-    /// Where its binary log is, when it writes one.
-    pub binlog_basename: Option<String>,
+    /// Directories that it does not take for schemas (ignore_db_dirs); `None` of MySQL, which has no such
+    /// variable.
+    pub ignored_directories: Option<Vec<String>>,
     /// Whether it takes no writes but a replica's.
     pub is_read_only: bool,
 }
@@ -114,8 +115,8 @@ pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> 
     let rows = session
         .rows(
             "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
-             ('wsrep_on', 'group_replication_group_name', 'ignore_db_dirs', 'log_bin_basename', \
-              'read_only', 'super_read_only')",
+             ('wsrep_on', 'group_replication_group_name', 'ignore_db_dirs', 'read_only', \
+              'super_read_only')",
         )
         .map_err(|e| e.failure("ask the server"))?;
     let mut found = Replaceable::default();
@@ -126,13 +127,12 @@ pub fn ask_replaceable(config: &DatabaseConfig) -> Result<Replaceable, Failure> 
             "wsrep_on" => found.is_galera = value.eq_ignore_ascii_case("ON"),
             "group_replication_group_name" => has_group_plugin = true,
             "ignore_db_dirs" => {
-                found.ignored_directories = value.split(',').map(str::to_owned).collect();
+                found.ignored_directories = Some(value.split(',').map(str::to_owned).collect());
             }
             // MariaDB has more words for it than ON.
             "read_only" | "super_read_only" => {
                 found.is_read_only |= !value.eq_ignore_ascii_case("OFF");
             }
-            "log_bin_basename" if !value.is_empty() => found.binlog_basename = Some(value),
             _ => {}
         }
     }

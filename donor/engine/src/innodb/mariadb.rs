@@ -3,6 +3,7 @@
 pub mod frm;
 pub mod redo;
 
+pub(super) mod binlog;
 pub(super) mod composed;
 pub(super) mod log_file;
 pub(super) mod privileges;

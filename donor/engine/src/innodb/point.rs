@@ -39,6 +39,7 @@ pub(super) fn coordinates(session: &mut Session, facts: &Facts) -> Result<Coordi
         });
     }
     point.sources.sort_by(|a, b| a.channel.cmp(&b.channel));
+    point.binlog_lacks_replicated = !point.sources.is_empty() && facts.logs_only_its_own();
     point.lsn = session.lsn()?.current;
     Ok(point)
 }

@@ -8,19 +8,24 @@
 //! zeros     so that recovery finds an end
 //! ```
 
-use std::{fs::File, sync::Arc};
+use std::{collections::HashSet, fs::File, sync::Arc};
 
 use marcot_common::{entry::Attributes, failure::Failure, path::RelativePath};
 
 use super::{
-    follower::{Hold, RedoSpool},
+    follower::Hold,
     mariadb, mysql,
-    redo_log::Head,
+    redo_log::{Head, log_name},
+    redo_spool::RedoSpool,
+    snapshot::path,
     tablespace::open_any,
 };
 use crate::{
     Content, FileReader, Span,
-    files::{tree::Tree, walk::attributes_of_file},
+    files::{
+        tree::{Tree, changed},
+        walk::attributes_of_file,
+    },
 };
 
 /// A composed log file.
@@ -37,7 +42,7 @@ pub(super) struct RedoFile {
     /// Whether more of it is still to come.
     growing: bool,
     /// Keeps the spool's bytes.
-    _hold: Arc<Hold>,
+    hold: Arc<Hold>,
 }
 
 /// What makes a log whole at its end.
@@ -65,8 +70,8 @@ impl RedoFile {
         let head: Arc<[u8]> = head(hold).into();
         let size = head.len() as u64 + whole.bytes;
         let (start, end, tail) = (hold.head.start(), whole.lsn, whole.tail.into());
-        let _hold = Arc::clone(hold);
-        Ok(Self { head, spool, start, end, tail, size, growing: false, _hold })
+        let hold = Arc::clone(hold);
+        Ok(Self { head, spool, start, end, tail, size, growing: false, hold })
     }
 
     /// What there is of the log so far: it is as `compose` will have it, up to its present end.
@@ -80,9 +85,8 @@ impl RedoFile {
         };
         let head: Arc<[u8]> = head(hold).into();
         let size = head.len() as u64 + (end - start);
-        let _hold = Arc::clone(hold);
         let (spool, tail) = (hold.spool(), Vec::new().into());
-        Self { head, spool, start, end, tail, size, growing: true, _hold }
+        Self { head, spool, start, end, tail, size, growing: true, hold: Arc::clone(hold) }
     }
 
     /// Redo that one file may hold, with room for what comes while a round is made of it.
@@ -93,9 +97,40 @@ impl RedoFile {
         }
     }
 
+    /// Tablespaces whose first page it makes, by id; nothing where it does not tell.
+    pub(super) fn made_spaces(&self) -> Result<Option<HashSet<u32>>, Failure> {
+        match &self.hold.head {
+            Head::MariaDb { header, .. } if header.hides_ids() => Ok(None),
+            Head::MariaDb { header, checkpoint } => {
+                let encrypted = header.is_encrypted();
+                mariadb::composed::made_spaces(&self.spool, *checkpoint, self.end, encrypted)
+                    .map(Some)
+            }
+            // It writes the first page as it makes a file.
+            Head::MySql { .. } => Ok(Some(HashSet::new())),
+        }
+    }
+
+    /// Fails when a log from the hold's checkpoint to `end` is longer than its server takes.
+    pub(super) fn check_size(hold: &Hold, end: u64) -> Result<(), Failure> {
+        match &hold.head {
+            Head::MariaDb { .. } => Ok(()),
+            Head::MySql { checkpoint, .. } => mysql::composed::check_size(*checkpoint, end),
+        }
+    }
+
     /// Its bytes.
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// An error once redo of it may have been freed.
+    pub(super) fn check_kept(&self) -> Result<(), Failure> {
+        match self.hold.check_kept() {
+            // What comes instead of it, a later list has.
+            Err(_) if self.growing => Err(changed(&path(log_name(self.hold.flavor()))?)),
+            kept => kept,
+        }
     }
 
     /// Reads it.
@@ -161,7 +196,10 @@ impl FileReader for RedoReader {
             let copied = match at {
                 _ if at < head_end => copy(&self.0.head, at, part),
                 _ if at < records_end => {
-                    self.0.spool.read(self.0.start + (at - head_end), part)?;
+                    let read = self.0.spool.read(self.0.start + (at - head_end), part);
+                    // It says why; the spool only that it was freed.
+                    self.0.check_kept()?;
+                    read?;
                     Some(())
                 }
                 _ if at < tail_end => copy(&self.0.tail, at - records_end, part),

@@ -73,12 +73,37 @@ pub struct ReplicaState {
     pub error: Option<String>,
 }
 
+/// Fails where the coordinates are none that the donor's server can be replicated from.
+pub fn check_attachable(at: &Coordinates) -> Result<(), Failure> {
+    if at.binlog_lacks_replicated {
+        return Err(Failure::precondition(
+            "NO_COORDINATES",
+            "the donor's server is a replica with log_slave_updates (log_replica_updates) off: its \
+             binary log lacks what it replicates, so the clone is not attached to it; attach it to \
+             the donor's own source",
+        ));
+    }
+    if at.gtid_executed.is_empty() && at.binlog_file.is_empty() {
+        return Err(no_coordinates());
+    }
+    Ok(())
+}
+
+fn no_coordinates() -> Failure {
+    Failure::precondition(
+        "NO_COORDINATES",
+        "the donor's server writes no binary log, or is not known: the clone cannot be attached \
+         as its replica",
+    )
+}
+
 /// Sets the coordinates and starts replication.
 pub fn attach(
     config: &DatabaseConfig,
     at: &Coordinates,
     source: &ReplicationSource,
 ) -> Result<(), Failure> {
+    check_attachable(at)?;
     let mut session = Server::new(config)?.connect()?;
     let version = session.row("SELECT VERSION()").map_err(|e| e.failure("ask the server"))?;
     let version = version.map(|row| row.text(0)).unwrap_or_default();
@@ -86,13 +111,7 @@ pub fn attach(
         Flavor::MariaDb => statements_of_mariadb(at, source),
         Flavor::MySql => statements_of_mysql(at, source),
     }
-    .ok_or_else(|| {
-        Failure::precondition(
-            "NO_COORDINATES",
-            "the donor's server writes no binary log, or is not known: the clone cannot be attached \
-             as its replica",
-        )
-    })?;
+    .ok_or_else(no_coordinates)?;
     for sql in statements {
         // The statement itself may hold the password.
         let verb = sql.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
@@ -210,6 +229,28 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Guards the replica of a replica: with the look taken out it is attached to a log that lacks
+    /// what the donor replicates, and goes on without an error.
+    #[test]
+    fn a_clone_is_not_attached_to_a_log_that_lacks_what_was_replicated() {
+        let at = Coordinates {
+            gtid_executed: "0-7-9".to_owned(),
+            binlog_file: bytes::Bytes::from_static(b"bin.000002"),
+            ..Coordinates::default()
+        };
+        assert!(check_attachable(&at).is_ok());
+        let lacks = Coordinates { binlog_lacks_replicated: true, ..at };
+        let database = DatabaseConfig::default();
+        // The server is not asked: there is none.
+        let refused = attach(&database, &lacks, &ReplicationSource::default()).unwrap_err();
+        for failure in [refused, check_attachable(&lacks).unwrap_err()] {
+            assert_eq!(failure.reason, "NO_COORDINATES");
+            assert!(failure.message.contains("log_slave_updates"), "{failure}");
+        }
+        let failure = check_attachable(&Coordinates::default()).unwrap_err();
+        assert!(failure.message.contains("no binary log"), "{failure}");
+    }
 
     /// Guards the end of a catch-up: files of a source come in the order of their numbers, also once
     /// these have a digit more.

@@ -1,11 +1,13 @@
 //! One clone's view of the server: its lists, round by round, and the point that ends them.
 //!
 //! Invariants:
-//! * Every page is read after the checkpoint that recovery begins at, and before T (R1): once the
-//!   cut is made nothing of an earlier round can be opened.
+//! * Every page is read after the checkpoint that recovery begins at, and before T (R1): from before
+//!   commits are blocked nothing of an earlier round is read, nor of the log as it grows, unless the
+//!   cut fails.
 //! * A file counts as copied only if the walk under the locks finds it as it was listed: a plain
 //!   one untouched, a tablespace of the same inode and space id. What has changed is read there
 //!   and then.
+//! * Under the locks each tablespace that the server has is found, by its first page.
 //! * What is not in a list is left out by a rule of `classify`, and counted.
 
 mod cut;
@@ -14,7 +16,7 @@ mod system;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -29,14 +31,16 @@ use marcot_proto::common::v1::{ConsistencyLevel, Coordinates};
 use self::system::System;
 use super::{
     EngineShared,
-    backup_lock::{DDL_TIMEOUT_DEFAULT, DdlBlock},
+    backup_lock::{DDL_TIMEOUT_DEFAULT, DdlBlock, DdlWatch},
     classify::{Class, Classifier},
     deletions::Listed,
     early::EarlySizes,
     flavor::Flavor,
     follower::Hold,
+    known::{FoundSpaces, Known, Unwritten},
     late, mariadb, mysql,
     mysql::binlog::{BinlogReader, BinlogTail},
+    read_gate::{GatedReader, ReadGate},
     redo_file::RedoFile,
     redo_log::{RedoLog, log_name},
     server::{Facts, Session},
@@ -69,8 +73,14 @@ pub(super) struct InnodbSnapshot {
     tree: Tree,
     system: System,
     counts: Arc<PageCounts>,
+    /// How far the server has flushed its log, as it has said last.
+    flushed: AtomicU64,
     /// Storage engines that tables were in as it was opened.
     engines: BTreeSet<&'static str>,
+    /// Where DDL is blocked for the whole clone.
+    ddl_watch: Option<DdlWatch>,
+    /// Closed from before the point on.
+    gate: Arc<ReadGate>,
     /// One walk or cut at a time, and what it counts.
     advancing: Mutex<Advancing>,
     /// Held for moments only.
@@ -91,6 +101,8 @@ struct Advancing {
 struct State {
     rounds: Vec<Round>,
     base: Arc<Base>,
+    /// Of the newest walk.
+    unwritten: Unwritten,
     hold: Arc<Hold>,
     /// The redo log's id, while it grows.
     redo: Option<FileId>,
@@ -106,6 +118,14 @@ struct Round {
     totals: Totals,
     /// PAGE COPY: pages below this LSN are as they were.
     since: Option<u64>,
+}
+
+/// What a walk has found.
+struct Walked {
+    relisted: Relisted,
+    /// To be read once commits are blocked.
+    late: Vec<RelativePath>,
+    spaces: FoundSpaces,
 }
 
 /// A file of the last list that is not read from where it lies.
@@ -140,9 +160,9 @@ impl State {
         round.cloned().ok_or_else(|| not_reached(at, self.position()))
     }
 
-    fn rounds_of(&self, stage: Stage) -> u32 {
+    fn next_round(&self, stage: Stage) -> Position {
         let count = self.rounds.iter().filter(|round| round.position.stage == stage).count();
-        u32::try_from(count).unwrap_or(u32::MAX)
+        Position { stage, round: u32::try_from(count + 1).unwrap_or(u32::MAX) }
     }
 
     fn answer(&self) -> Advanced {
@@ -180,7 +200,9 @@ impl InnodbSnapshot {
         };
         problems.extend(privileges.err());
         let classifier = match Classifier::new(&facts) {
-            Ok(classifier) if problems.is_empty() => classifier,
+            Ok(classifier) if problems.is_empty() => {
+                classifier.for_binlog(options.binlog_base.as_deref())
+            }
             other => {
                 problems.extend(other.err());
                 let all = Failure::all_of(problems);
@@ -189,9 +211,7 @@ impl InnodbSnapshot {
         };
         let tree = Tree::open(&shared.data_directory)?;
         check_same_server(&mut session, &tree, &classifier)?;
-        // MySQL builds indexes and imports tablespaces without redo, and names no moment at which
-        // its DDL rests: it is blocked from the beginning on.
-        let ddl = match options.block_ddl || facts.flavor == Flavor::MySql {
+        let ddl = match is_ddl_blocked(options, facts.flavor) {
             true => {
                 let (limit, mut waits) = (ddl_timeout(options), || options.waiting.check());
                 Some(DdlBlock::take(&shared.server, facts.flavor, limit, &mut waits)?)
@@ -203,16 +223,27 @@ impl InnodbSnapshot {
         }
         // From here on every page that is read has all changes before the hold's checkpoint.
         let hold = Arc::new(shared.follower.hold(facts.flavor)?);
+        let flushed = rounds::flushed(&mut session)?;
+        RedoFile::check_size(&hold, flushed)?;
         let system = System::look(&tree, &classifier, facts.flavor)?;
         let mut unsettled = 0;
         let known = tablespaces(&mut session, facts.flavor)?;
         let redo = redo_so_far(&hold);
-        let mut survey = Survey::new(&classifier, known, redo, &mut unsettled);
+        let mut survey = Survey::new(&classifier, &known, redo, &mut unsettled);
         let spool = &shared.spool_directory;
         let waits: Progress<'_> = &mut |_| options.waiting.check();
         let first = compare::relist(&tree, &mut survey, None, spool, waits)?;
         survey.check_engines()?;
         let engines = std::mem::take(&mut survey.engines);
+        let mut unwritten = std::mem::take(&mut survey.unwritten);
+        // A walk may take longer than the server keeps a connection that is idle.
+        let mut session = shared.server.connect()?;
+        let confirmed = unwritten.confirm(&mut session, &known);
+        confirmed.map_err(|e| e.failure("list tablespaces"))?;
+        if facts.flavor == Flavor::MySql {
+            // It writes the first page as it makes a file: one of zeros was lost, and the cut would say so.
+            survey.spaces.check_made(&mut session, &unwritten, &HashSet::new())?;
+        }
         late::check_size(&tree, &survey.late, shared.quota)?;
         clock::settle(first.newest_whole_second);
         let listed = listed(&hold, &first.base)?;
@@ -225,18 +256,22 @@ impl InnodbSnapshot {
         let state = State {
             rounds: vec![round],
             base: Arc::new(first.base),
+            unwritten,
             hold,
             redo,
             point: None,
             is_done: false,
         };
         Ok(Self {
+            ddl_watch: ddl.as_ref().map(DdlBlock::watch),
             options: options.clone(),
             facts,
             classifier,
             tree,
             system,
             counts: Arc::default(),
+            gate: Arc::default(),
+            flushed: AtomicU64::new(flushed),
             engines,
             advancing: Mutex::new(Advancing { unsettled, listed, early, ddl }),
             state: Mutex::new(state),
@@ -249,21 +284,38 @@ impl InnodbSnapshot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lists the tree as changes since `base`; also what is to be read late.
+    /// Fails where DDL was to be blocked up to the point, and has not been: a server that was
+    /// started again is told of here, long before the cut.
+    fn check_ddl_blocked(&self) -> Result<(), Failure> {
+        self.ddl_watch.as_ref().map_or(Ok(()), DdlWatch::check)
+    }
+
+    /// Lists the tree as changes since `base`.
     fn relist(
         &self,
-        known: HashSet<u32>,
+        known: &Known,
         unsettled: &mut u64,
         base: &Base,
         hold: &Arc<Hold>,
         progress: Progress<'_>,
-    ) -> Result<(Relisted, Vec<RelativePath>), Failure> {
+    ) -> Result<Walked, Failure> {
         let redo = redo_so_far(hold);
         let mut survey = Survey::new(&self.classifier, known, redo, unsettled);
         let spool = &self.shared.spool_directory;
         let relisted = compare::relist(&self.tree, &mut survey, Some(base), spool, progress)?;
         survey.check_engines()?;
-        Ok((relisted, survey.late))
+        self.state().unwritten = survey.unwritten;
+        Ok(Walked { relisted, late: survey.late, spaces: survey.spaces })
+    }
+
+    /// Asks the server once more for what the walk knew by its word alone.
+    fn confirm_unwritten(&self, known: &Known) -> Result<(), Failure> {
+        // A walk may take longer than the server keeps a connection that is idle.
+        let mut session = self.shared.server.connect()?;
+        let mut unwritten = self.state().unwritten.clone();
+        unwritten.confirm(&mut session, known).map_err(|e| e.failure("list tablespaces"))?;
+        self.state().unwritten = unwritten;
+        Ok(())
     }
 
     /// A reader of the redo log as it is now; `checkpoint` is where the listed one begins.
@@ -294,7 +346,10 @@ impl InnodbSnapshot {
         };
         let of = match self.classifier.file(path) {
             Class::System(index) => self.system.file(index),
-            _ => TablespaceOf::look(&file, path, &shown, space, self.facts.flavor)?,
+            _ => {
+                let unwritten = self.state().unwritten.get(space);
+                TablespaceOf::look(&file, path, &shown, space, self.facts.flavor, unwritten)?
+            }
         };
         let counts = Arc::clone(&self.counts);
         let reader = TablespaceReader::new(file, path.clone(), shown, size, of, counts);
@@ -305,9 +360,13 @@ impl InnodbSnapshot {
     }
 }
 
-/// Tablespaces that the server knows: four bytes and their room in a table for each.
-fn tablespaces(session: &mut Session, flavor: Flavor) -> Result<HashSet<u32>, Failure> {
-    session.tablespace_ids(flavor).map_err(|e| e.failure("list tablespaces"))
+/// Whether what is read of it may be newer than when it was listed; any other file is found changed.
+fn reads_pages(record: &Record) -> bool {
+    !matches!(Mark::of(record.identity.live), Mark::None | Mark::Redo(_))
+}
+
+fn tablespaces(session: &mut Session, flavor: Flavor) -> Result<Known, Failure> {
+    Known::ask(session, flavor).map_err(|e| e.failure("list tablespaces"))
 }
 
 /// What a clone that recovers from the hold's checkpoint has of its log so far.
@@ -332,6 +391,11 @@ impl Snapshot for InnodbSnapshot {
         self.state().base.left_out.clone()
     }
 
+    fn blocks_ddl(&self) -> bool {
+        // Not asked of `advancing`, which is held for as long as a walk takes.
+        is_ddl_blocked(&self.options, self.facts.flavor) && self.state().point.is_none()
+    }
+
     fn storage_engines(&self) -> Vec<String> {
         self.engines.iter().map(ToString::to_string).collect()
     }
@@ -350,14 +414,17 @@ impl Snapshot for InnodbSnapshot {
     }
 
     fn open_file(&self, at: Position, file: FileId) -> Result<Box<dyn FileReader>, Failure> {
-        let (round, point, redo) = {
+        let (round, point, is_redo, redo) = {
             let state = self.state();
             // It is read in every round, also in those whose lists need not name it again.
-            let redo = (at == state.position() && state.redo == Some(file))
-                .then(|| Arc::clone(&state.hold));
-            (state.round(at)?, state.point.clone(), redo)
+            let is_redo = state.redo == Some(file);
+            let redo = (is_redo && at == state.position()).then(|| Arc::clone(&state.hold));
+            (state.round(at)?, state.point.clone(), is_redo, redo)
         };
-        if let Some(point) = point {
+        if point.is_none() {
+            self.check_ddl_blocked()?;
+        }
+        if let Some(point) = &point {
             if at != REDO {
                 return Err(Failure::precondition(
                     "STAGE_PASSED",
@@ -373,18 +440,30 @@ impl Snapshot for InnodbSnapshot {
                 None => {}
             }
         }
+        // Of the log it is known here how far it may be read; of a table's file each read asks again.
+        let _passed = if point.is_none() { Some(self.gate.pass()?) } else { None };
         if let Some(hold) = redo {
             return Ok(Box::new(RedoFile::so_far(&hold).reader()));
         }
         let record = round.list.find(file)?;
         let Some(record) = record.filter(|r| matches!(r.entry.kind, Some(Kind::Regular { .. })))
         else {
+            if is_redo {
+                // Another round has been given out meanwhile, to a call of which the caller does not know.
+                return Err(changed(&path(log_name(self.facts.flavor))?));
+            }
             return Err(Failure::invalid(
                 "UNKNOWN_FILE",
                 format!("file {} is no regular file in the list of {at}", file.0),
             ));
         };
-        self.reader(&record, round.since)
+        let reader = self.reader(&record, round.since)?;
+        let gates = point.is_none() && reads_pages(&record);
+        Ok(if gates {
+            Box::new(GatedReader { gate: Arc::clone(&self.gate), reader })
+        } else {
+            reader
+        })
     }
 
     fn advance(&self, from: Position, progress: Progress<'_>) -> Result<Advanced, Failure> {
@@ -402,6 +481,8 @@ impl Snapshot for InnodbSnapshot {
                 return if is_last { Ok(state.answer()) } else { Err(not_reached(from, position)) };
             }
             if from == REDO {
+                // What was read of it is right: it was asked after each read.
+                state.hold.check_kept()?;
                 state.is_done = true;
                 return Ok(state.answer());
             }
@@ -454,6 +535,12 @@ fn check_same_server(
     ))
 }
 
+/// Whether DDL is blocked from the beginning on: where that was asked for, and for MySQL, which builds
+/// indexes and imports tablespaces without redo, and names no moment at which its DDL rests.
+fn is_ddl_blocked(options: &SnapshotOptions, flavor: Flavor) -> bool {
+    options.block_ddl || flavor == Flavor::MySql
+}
+
 fn ddl_timeout(options: &SnapshotOptions) -> Duration {
     options.ddl_timeout.unwrap_or(DDL_TIMEOUT_DEFAULT)
 }
@@ -463,7 +550,7 @@ fn listed(hold: &Hold, tree: &Base) -> Result<Listed, Failure> {
     if hold.head.hides_ids() { Listed::of(tree) } else { Ok(Listed::default()) }
 }
 
-fn path(name: &str) -> Result<RelativePath, Failure> {
+pub(super) fn path(name: &str) -> Result<RelativePath, Failure> {
     RelativePath::new(name.as_bytes()).map_err(|e| Failure::bug(format!("{name}: {e}")))
 }
 

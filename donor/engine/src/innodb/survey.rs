@@ -1,21 +1,22 @@
 //! Walks the data directory of a live server: tells tablespaces from other files, and marks each
 //! tablespace by what it is, so that the next walk finds out when another one has taken its place.
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    fs::File,
-    os::fd::BorrowedFd,
-    os::unix::fs::FileExt as _,
-};
+use std::{collections::BTreeSet, fs::File, os::fd::BorrowedFd, os::unix::fs::FileExt as _};
 
 use marcot_common::{entry::Kind, failure::Failure, path::RelativePath};
 use rustix::fs::{AtFlags, StatxFlags};
 
 use super::{
     classify::{Class, Classifier},
+    flavor::Flavor,
+    known::{FoundSpaces, Known, Unwritten},
     mariadb::frm::{FRM_BYTES, TableEngine, table_engine},
-    mysql::sdi::{SDI_BYTES_MAX, foreign_engine},
+    mysql::{
+        self,
+        sdi::{SDI_BYTES_MAX, foreign_engine},
+    },
     redo_log, sabotage,
+    tablespace::first_page,
 };
 use crate::files::{
     tree::Identity,
@@ -31,8 +32,8 @@ const PAGE_BYTES_MIN: u64 = 1024;
 /// Most tables that one error names.
 const FOREIGN_MAX: usize = 20;
 
-/// Set in a mark: the file's first page says nothing yet, so that the file is copied as it is, and
-/// again each time it is listed.
+/// Set in a mark: neither the file's first page nor the server says what it is, so that it is copied
+/// as it is, and again each time it is listed.
 const UNSETTLED: u64 = 1 << 63;
 
 /// Set in a mark: the redo log from the LSN on that the other bits are (LSNs have 62 bits at most).
@@ -54,7 +55,7 @@ pub(super) enum Mark {
     None,
     /// Of this space id.
     Settled(u32),
-    /// A tablespace whose first page is empty.
+    /// A tablespace whose first page is empty, and that the server did not know before the walk.
     Unsettled,
     /// The redo log from this LSN on.
     Redo(u64),
@@ -77,7 +78,11 @@ impl Mark {
 pub(super) struct Survey<'a> {
     classifier: &'a Classifier,
     /// Tablespaces that the server knew before the walk.
-    known: HashSet<u32>,
+    known: &'a Known,
+    /// Those of them whose first page is not written yet.
+    pub(super) unwritten: Unwritten,
+    /// What was found of them.
+    pub(super) spaces: FoundSpaces,
     redo: RedoSoFar,
     /// Whether it is in the list.
     redo_listed: bool,
@@ -94,13 +99,15 @@ pub(super) struct Survey<'a> {
 impl<'a> Survey<'a> {
     pub(super) fn new(
         classifier: &'a Classifier,
-        known: HashSet<u32>,
+        known: &'a Known,
         redo: RedoSoFar,
         unsettled: &'a mut u64,
     ) -> Self {
         Self {
             classifier,
             known,
+            unwritten: Unwritten::default(),
+            spaces: FoundSpaces::default(),
             redo,
             redo_listed: false,
             unsettled,
@@ -181,12 +188,43 @@ impl<'a> Survey<'a> {
         let filled = read_up_to(&file, &mut head)
             .map_err(|e| Failure::io("read tablespace", shown.as_path(), &e))?;
         if head[..filled].iter().all(|&b| b == 0) {
-            *self.unsettled += 1;
-            return Ok(UNSETTLED | *self.unsettled);
+            return Ok(self.without_first_page(shown, filled == 0));
         }
         let space = head[34..].first_chunk().map_or(0, |b| u32::from_be_bytes(*b));
-        // Not open in the server: nobody writes it by redo, it is a file as any other.
-        Ok(if self.known.contains(&space) { u64::from(space) + 1 } else { 0 })
+        if self.known.has(space) {
+            return Ok(self.settled(space));
+        }
+        // Not open in the server, or damaged: only a page that is right as a whole can tell.
+        match first_page(&file, shown, shown.as_path(), self.classifier.flavor()) {
+            Ok(Some(format)) if self.known.has(format.space_id()) => {
+                Ok(self.settled(format.space_id()))
+            }
+            // Nobody writes it by redo, it is a file as any other.
+            Ok(Some(_)) => Ok(0),
+            Ok(None) => Ok(self.without_first_page(shown, false)),
+            Err(_) if is_removed(&file) => Ok(0),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn settled(&mut self, space: u32) -> u64 {
+        self.spaces.ids.insert(space);
+        u64::from(space) + 1
+    }
+
+    /// The mark of a file whose first page is all zero.
+    fn without_first_page(&mut self, shown: &RelativePath, is_empty: bool) -> u64 {
+        if let Some(named) = self.known.named(shown) {
+            self.unwritten.insert(named);
+            return self.settled(named.format.space_id());
+        }
+        self.spaces.has_unsettled = true;
+        // One that is empty was being made as the server ended, nobody knows it.
+        if !is_empty {
+            self.spaces.note_unnamed(shown);
+        }
+        *self.unsettled += 1;
+        UNSETTLED | *self.unsettled
     }
 }
 
@@ -211,7 +249,8 @@ impl Judge for Survey<'_> {
         if found.path.name().ends_with(b".frm") {
             self.note_engine(&found.path, file)?;
         }
-        if found.path.name().ends_with(b".sdi") && !found.path.as_bytes().starts_with(b"mysql/") {
+        if self.classifier.flavor() == Flavor::MySql && mysql::classify::is_definition(&found.path)
+        {
             self.note_engine_of_sdi(&found.path, file)?;
         }
         if matches!(class, Class::Table | Class::System(_)) {
@@ -257,6 +296,11 @@ fn birth(file: BorrowedFd<'_>) -> (i64, u32) {
         }
         _ => (0, 0),
     }
+}
+
+/// Whether no name leads to an open file any more.
+fn is_removed(file: &File) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| stat.st_nlink == 0)
 }
 
 fn owned(path: &RelativePath, file: BorrowedFd<'_>) -> Result<File, Failure> {

@@ -52,6 +52,8 @@ pub(super) struct PageCounts {
     pub(super) checked: AtomicU64,
     /// Pages read again.
     pub(super) read_again: AtomicU64,
+    /// LSN of the newest page: the server had flushed its log that far.
+    pub(super) newest: AtomicU64,
 }
 
 /// What a page-checked file is.
@@ -110,46 +112,62 @@ pub(super) fn open_any(tree: &Tree, path: &RelativePath) -> Result<File, Failure
 }
 
 impl TablespaceOf {
-    /// Looks at the first page of a tablespace, which must be of `space`.
+    /// Looks at the first page of a tablespace, which must be of `space`; `unwritten` is what the
+    /// server says of it while that page is not written.
     pub(super) fn look(
         file: &File,
         path: &RelativePath,
         shown: &Path,
         space: u32,
         flavor: Flavor,
+        unwritten: Option<PageFormat>,
     ) -> Result<Self, Failure> {
-        let mut page = vec![0; FIRST_PAGE_BYTES_MAX];
-        let mut reads = 1;
-        loop {
-            let filled = file.read_at(&mut page, 0);
-            let filled = filled.map_err(|e| Failure::io("read tablespace", shown, &e))?;
-            let format = match flavor {
-                Flavor::MariaDb => PageFormat::from_first_page(&page[..filled]),
-                Flavor::MySql => PageFormat::from_first_page_of_mysql(&page[..filled]),
-            };
-            match format {
-                Ok(format) if format.space_id() == space => {
-                    return Ok(Self {
-                        format: Arc::new(format),
-                        first_page: 0,
-                        empty: [0..0, 0..0],
-                    });
-                }
-                // Another tablespace has taken its place: the next walk finds it.
-                Ok(_) | Err(FormatError::ZeroPage) => return Err(changed(path)),
-                Err(error) if reads >= READS_MAX => {
-                    return Err(Failure::new(
-                        Code::DataLoss,
-                        "PAGE_CORRUPT",
-                        format!("page 0 of {} stays wrong: {error}", shown.display()),
-                    )
-                    .with("path", path)
-                    .with("page", 0));
-                }
-                Err(_) => {
-                    reads += 1;
-                    std::thread::sleep(Duration::from_micros(500));
-                }
+        let of = |format| Self { format: Arc::new(format), first_page: 0, empty: [0..0, 0..0] };
+        match (first_page(file, path, shown, flavor)?, unwritten) {
+            (Some(format), _) if format.space_id() == space => Ok(of(format)),
+            (None, Some(format)) => Ok(of(format)),
+            // Another tablespace has taken its place: the next walk finds it.
+            _ => Err(changed(path)),
+        }
+    }
+}
+
+/// What the first page of a tablespace says, once it is right; nothing while it is not written. It is
+/// read again while it is not right: it may be met while the server writes it.
+pub(super) fn first_page(
+    file: &File,
+    path: &RelativePath,
+    shown: &Path,
+    flavor: Flavor,
+) -> Result<Option<PageFormat>, Failure> {
+    let mut page = vec![0; FIRST_PAGE_BYTES_MAX];
+    let mut reads = 1;
+    loop {
+        let filled = file.read_at(&mut page, 0);
+        let filled = filled.map_err(|e| Failure::io("read tablespace", shown, &e))?;
+        let format = match flavor {
+            Flavor::MariaDb => PageFormat::from_first_page(&page[..filled]),
+            Flavor::MySql => PageFormat::from_first_page_of_mysql(&page[..filled]),
+        };
+        match format {
+            Ok(format) => return Ok(Some(format)),
+            Err(FormatError::ZeroPage) => return Ok(None),
+            Err(error) if reads >= READS_MAX => {
+                return Err(Failure::new(
+                    Code::DataLoss,
+                    "PAGE_CORRUPT",
+                    format!(
+                        "page 0 of {} stays wrong after {READS_MAX} reads: {error}; check the table, \
+                         and the disk; a file that the server does not use belongs elsewhere",
+                        shown.display()
+                    ),
+                )
+                .with("path", path)
+                .with("page", 0));
+            }
+            Err(_) => {
+                reads += 1;
+                std::thread::sleep(Duration::from_micros(500));
             }
         }
     }
@@ -215,20 +233,23 @@ impl TablespaceReader {
         self.window_at = (0, 0);
         read_or_zero(&self.file, &mut self.window, offset)
             .map_err(|e| self.read_failure(offset, &e))?;
+        let mut newest = 0;
         for at in (0..bytes).step_by(self.page_bytes) {
-            self.check_page(at, offset + at as u64)?;
+            newest = newest.max(self.check_page(at, offset + at as u64)?);
         }
+        self.counts.newest.fetch_max(newest, Ordering::Relaxed);
         self.window_at = (offset, bytes);
         Ok(())
     }
 
-    /// Checks the page at `at` of the window; reads it again while it is not right.
-    fn check_page(&mut self, at: usize, offset: u64) -> Result<(), Failure> {
+    /// Checks the page at `at` of the window; reads it again while it is not right. Its LSN, 0 for
+    /// one that says none.
+    fn check_page(&mut self, at: usize, offset: u64) -> Result<u64, Failure> {
         let number = self.page_number(offset)?;
         let end = at + self.page_bytes;
         if self.of.empty.iter().any(|range| range.contains(&number)) {
             self.window[at..end].fill(0);
-            return Ok(());
+            return Ok(0);
         }
         let mut reads = 1;
         loop {
@@ -241,14 +262,14 @@ impl TablespaceReader {
                     let read = read_or_zero(&self.file, &mut again, offset);
                     read.map_err(|e| self.read_failure(offset, &e))?;
                     if again == self.window[at..end] {
-                        return Ok(());
+                        return Ok(0);
                     }
                     reads += 1;
                     self.window[at..end].copy_from_slice(&again);
                 }
-                Ok(_) => {
+                Ok(state) => {
                     self.counts.checked.fetch_add(1, Ordering::Relaxed);
-                    return Ok(());
+                    return Ok(if let PageState::Valid { lsn } = state { lsn } else { 0 });
                 }
                 Err(error) if reads >= READS_MAX => return Err(self.corrupt(number, &error)),
                 Err(_) => {
@@ -487,7 +508,7 @@ mod tests {
         std::fs::write(&shown, content).unwrap();
         let path = RelativePath::new(b"db/t.ibd").unwrap();
         let file = File::open(&shown).unwrap();
-        let of = TablespaceOf::look(&file, &path, &shown, 7, Flavor::MariaDb).unwrap();
+        let of = TablespaceOf::look(&file, &path, &shown, 7, Flavor::MariaDb, None).unwrap();
         let counts = Arc::default();
         let mut reader = TablespaceReader::new(file, path, shown, size, of, counts);
         assert_eq!(reader.size(), size);
@@ -527,7 +548,7 @@ mod tests {
         let path = RelativePath::new(b"db/t.ibd").unwrap();
         let writer = File::options().write(true).open(&shown).unwrap();
         let own = File::open(&shown).unwrap();
-        let of = TablespaceOf::look(&own, &path, &shown, 7, Flavor::MariaDb).unwrap();
+        let of = TablespaceOf::look(&own, &path, &shown, 7, Flavor::MariaDb, None).unwrap();
         let counts: Arc<PageCounts> = Arc::default();
         let file = file.map_or(own, |other| File::open(other).unwrap());
         let size = 2 * PAGE as u64;

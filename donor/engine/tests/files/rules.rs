@@ -89,7 +89,9 @@ fn extended_attributes_over_64_kib_together_are_refused_by_name() {
         data_directory: directory.path().to_owned(),
         spool_directory: std::env::temp_dir(),
         spool_quota: 1 << 30,
+        checkpoint_timeout: Duration::from_secs(120),
         database: marcot_engine::DatabaseConfig::default(),
+        observer: marcot_engine::Observer::default(),
     };
     let engine = open_engine(&config).unwrap();
     let failure = engine.open(&Default::default()).unwrap_err();
@@ -309,7 +311,9 @@ fn an_unknown_engine_and_a_bad_directory_are_typed_errors() {
         data_directory: fixture.data(),
         spool_directory: fixture.spool(),
         spool_quota: 1 << 30,
+        checkpoint_timeout: Duration::from_secs(120),
         database: marcot_engine::DatabaseConfig::default(),
+        observer: marcot_engine::Observer::default(),
     };
     let failure = open_engine(&config).unwrap_err();
     assert_eq!(failure.reason, "UNKNOWN_ENGINE");

@@ -6,6 +6,7 @@ use std::{
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use marcot_common::{
@@ -53,7 +54,9 @@ impl Fixture {
             data_directory: self.data(),
             spool_directory: self.spool(),
             spool_quota: 1 << 30,
+            checkpoint_timeout: Duration::from_secs(120),
             database: marcot_engine::DatabaseConfig::default(),
+            observer: marcot_engine::Observer::default(),
         })
         .unwrap()
     }

@@ -64,7 +64,8 @@ enum Read {
 fn read(response: http::Response<Body>) -> Result<Vec<Read>, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
-        let mut reader = FrameReader::new(response, std::time::Duration::from_secs(5))?;
+        let mut pulse = Pulse::new(std::time::Duration::from_secs(5));
+        let mut reader = FrameReader::new(response, &mut pulse)?;
         let mut frames = Vec::new();
         while let Some(frame) = reader.next().await? {
             frames.push(match frame {
@@ -141,6 +142,42 @@ fn compressed_and_oversized_messages_are_refused() {
     assert!(failure.message.contains("4294967295 bytes"), "{failure}");
 }
 
+/// Guards memory: what is two bytes each on the wire is forty in memory, so it is counted before it is
+/// decoded; and chunks of nothing, which would be a stream without an end.
+#[test]
+fn countless_extents_and_chunks_of_nothing_are_refused() {
+    let extents = |count| {
+        let extents = vec![pb::Extent::default(); count];
+        let chunk = pb::Chunk { extents, payload: Bytes::new(), ..chunk(b"") };
+        response(&message(read_ranges_response::Frame::Chunk(chunk)), &[1 << 20], Code::Ok)
+    };
+    assert_eq!(read(extents(EXTENTS_MAX)).unwrap().len(), 1);
+    let failure = read(extents(EXTENTS_MAX + 1)).unwrap_err();
+    assert!(failure.message.contains("chunk of 8193 extents"), "{failure}");
+    let text = "x".repeat(OTHER_BYTES_MAX);
+    let why = pbc::Failure { message: text, ..pbc::Failure::default() };
+    let failed = pb::RangeFailure { range: 0, file_id: 1, failure: Some(why) };
+    let frame = message(read_ranges_response::Frame::Failure(failed));
+    let failure = read(response(&frame, &[1 << 20], Code::Ok)).unwrap_err();
+    assert!(failure.message.contains("that is no chunk"), "{failure}");
+    let position = wire::position(1, 1).unwrap();
+    let empty = pb::Chunk { extents: Vec::new(), ..chunk(b"") };
+    let failure = check_chunk(empty, VecDeque::new(), position).unwrap_err();
+    assert!(failure.message.contains("in 0 extents"), "{failure}");
+}
+
+/// Guards against a chunk whose few bytes come in much: a frame of zstd may hold parts to be skipped.
+#[test]
+fn what_grows_by_compression_is_refused() {
+    let skipped = [&0x184d_2a50_u32.to_le_bytes()[..], &9_u32.to_le_bytes(), &[0; 9]].concat();
+    let payload = [skipped, zstd::bulk::compress(b"data", 1).unwrap()].concat();
+    let codec = pbc::Codec::Zstd.into();
+    let header = pb::Chunk { codec, payload: Bytes::new(), ..chunk(b"data") };
+    let position = wire::position(1, 1).unwrap();
+    let failure = check_chunk(header, VecDeque::from([payload.into()]), position).unwrap_err();
+    assert!(failure.message.contains("bytes of zstd for 4 of data"), "{failure}");
+}
+
 proptest! {
     /// Bytes that no donor sends are errors, and never a panic or a hang.
     #[test]
@@ -152,4 +189,22 @@ proptest! {
         let chunk = [&framed[..5], &[CHUNK_KEY][..], &bytes].concat();
         drop(read(response(&chunk, &[cut], Code::Ok)));
     }
+}
+
+/// Guards what a chunk says of its bytes: a hole that has become bytes of an earlier round passes
+/// every other check, and the older bytes would stay.
+#[test]
+fn a_header_that_was_changed_on_its_way_is_refused() {
+    let position = wire::position(1, 1).unwrap();
+    let check = |header: &pb::Chunk| {
+        let payload = VecDeque::from([header.payload.clone()]);
+        check_chunk(header.clone(), payload, position)
+    };
+    let mut header = chunk(b"bytes");
+    header.header_crc32c = Some(checksum::of_chunk_header(&header));
+    check(&header).unwrap();
+    (header.extents[1].hole, header.extents[1].unchanged) = (false, true);
+    let failure = check(&header).unwrap_err();
+    assert_eq!(failure.reason, "PEER_MISBEHAVED");
+    assert!(failure.message.contains("chunk's header has CRC-32C"), "{failure}");
 }

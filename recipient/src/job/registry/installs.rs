@@ -1,257 +1,65 @@
-//! Installs beside and after their clones: what a start finds of them, and what callers ask of them.
+//! What is done with installs: a start goes on with one, callers install, accept, roll back, and cancel.
 
-use std::{
-    ffi::OsStr,
-    os::unix::ffi::OsStrExt as _,
-    path::Path,
-    sync::Arc,
-    time::{Duration, SystemTime},
+use std::sync::Arc;
+
+use marcot_common::{
+    failure::Failure,
+    telemetry::spans::{CLONE, fail},
 };
-
-use marcot_common::{failure::Failure, host::path_bytes, time};
 use marcot_proto::recipient::v1 as pb;
-use tracing::{Instrument as _, error, info, info_span, warn};
-use uuid::Uuid;
+use tracing::{Instrument as _, Span, error, info, info_span, warn};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::{Clones, Running, refuse_if_busy, unknown};
+use super::{Clones, Running, bring_back::standing_start, found::left, refuse_if_busy, unknown};
 use crate::{
     install::{
         generation,
         installer::{Installer, was_left},
-        place::{self, Form},
         reconcile::Action,
-        replacement::{self, Replacement},
+        replacement::Replacement,
         step::Step,
     },
     job::{
-        End, installed_journal, installer, staging_directories,
-        status::{CloneStatus, interrupted, is_final},
+        End, installer,
+        status::{CloneStatus, is_final},
     },
-    server_control::{FirstStart, ServerControl},
-    settings::Settings,
+    server_control::FirstStart,
     source::blocking,
-    staging::Staging,
 };
-
-/// Longest wait for a server of a recipient that was killed to end with it.
-const ORPHAN_MAX: Duration = Duration::from_secs(60);
-
-/// Between two looks at it.
-const ORPHAN_PAUSE: Duration = Duration::from_millis(200);
-
-/// An install that a start has found, brought to a state in which a server may start.
-#[derive(Debug)]
-pub(super) struct Found {
-    pub(super) replacement: Arc<Replacement>,
-    action: Action,
-    /// Whether this recipient stops and starts the server.
-    manages: bool,
-}
-
-impl Found {
-    /// The clone's name.
-    pub(super) fn name(&self) -> String {
-        format!("clones/{}", self.replacement.plan.clone)
-    }
-
-    /// A record of a clone that only its install tells of.
-    pub(super) fn unknown_clone(&self) -> pb::Clone {
-        let mut clone = pb::Clone {
-            name: self.name(),
-            destination: path_bytes(&self.replacement.place.data_directory),
-            state: pb::State::InProgress.into(),
-            ..pb::Clone::default()
-        };
-        settle(&mut clone, Some(self));
-        clone
-    }
-
-    /// Whether it keeps a tree.
-    pub(super) fn keeps(&self) -> bool {
-        self.replacement.place.staging.exists()
-    }
-}
-
-/// Brings every install of the data directory to a state in which a server may start.
-pub(super) async fn reconcile(
-    settings: &Settings,
-    control: &Arc<dyn ServerControl>,
-) -> Result<Vec<Found>, Failure> {
-    let Some(directory) = settings.data_directory.clone() else {
-        return Ok(Vec::new());
-    };
-    let directory = directory.canonicalize().unwrap_or(directory);
-    let mut found = Vec::new();
-    for replacement in blocking(move || replacement::all(&directory)).await? {
-        let replacement = Arc::new(replacement);
-        let mut action = replacement.action()?;
-        if action == Action::Install && !replacement.plan.waits && !control.manages() {
-            // Nobody would stop the server for it.
-            action = Action::LetGo;
-        }
-        info!(
-            clone = %replacement.plan.clone,
-            step = replacement.step().name(),
-            action = ?action,
-            "an install was found"
-        );
-        if action == Action::BringBack {
-            wait_for_no_server(&replacement, control).await?;
-        }
-        let work = Arc::clone(&replacement);
-        blocking(move || settle_trees(&work, action)).await?;
-        found.push(Found { replacement, action, manages: control.manages() });
-    }
-    Ok(found)
-}
-
-/// A server whose trees are about to move must have ended: what ran it may have been killed.
-async fn wait_for_no_server(
-    replacement: &Replacement,
-    control: &Arc<dyn ServerControl>,
-) -> Result<(), Failure> {
-    if control.manages() {
-        control.stop().await?;
-    }
-    let begun = std::time::Instant::now();
-    while let Some(pid) = replacement.server() {
-        if begun.elapsed() >= ORPHAN_MAX {
-            return Err(Failure::precondition(
-                "SERVER_RUNNING",
-                format!(
-                    "an install in {} was cut at step {} and is to be undone, and process {pid} \
-                     runs a server there; stop it, and start marcot-recipient again",
-                    replacement.place.data_directory.display(),
-                    replacement.step().name()
-                ),
-            ));
-        }
-        tokio::time::sleep(ORPHAN_PAUSE).await;
-    }
-    Ok(())
-}
-
-fn settle_trees(replacement: &Replacement, action: Action) -> Result<(), Failure> {
-    match action {
-        Action::LetGo => replacement.let_go(),
-        Action::BringBack => {
-            let was_open = replacement.was_opened();
-            replacement.put_back()?;
-            replacement.unlock_trees();
-            // A tree that has been open may hold somebody's writes.
-            if was_open { Ok(()) } else { replacement.let_go() }
-        }
-        Action::GoOn if replacement.step() == Step::Exchanging => replacement.note_in_place(),
-        Action::RemoveOld => replacement.accept(),
-        Action::Install | Action::GoOn | Action::Keep | Action::KeepAside => Ok(()),
-        Action::Refuse => {
-            error!(clone = %replacement.plan.clone, error = %replacement.refused(), "nothing is touched");
-            Ok(())
-        }
-    }
-}
-
-/// Brings the record of a clone up to what was found; tells whether it changed.
-pub(super) fn settle(clone: &mut pb::Clone, found: Option<&Found>) -> bool {
-    let before = clone.clone();
-    let ended = is_final(before.state);
-    match found.map(|found| (found, found.action)) {
-        Some((found, Action::Install)) if found.replacement.plan.waits => {
-            clone.state = pb::State::AwaitingInstall.into();
-        }
-        Some((found, Action::Install | Action::GoOn)) if found.manages => {
-            clone.state = pb::State::InProgress.into();
-            clone.end_time = None;
-        }
-        // It was installed, or could not be made a replica, and said so.
-        Some((_, Action::GoOn | Action::Keep | Action::RemoveOld)) if ended => {}
-        Some((found, Action::GoOn | Action::Keep | Action::RemoveOld)) => {
-            let result = found.replacement.check_attached();
-            clone.error = result.as_ref().err().map(Failure::to_wire);
-            clone.state =
-                if result.is_ok() { pb::State::Completed } else { pb::State::Failed }.into();
-        }
-        Some((found, Action::BringBack | Action::KeepAside)) => {
-            clone.state = pb::State::RolledBack.into();
-            if found.replacement.was_opened() {
-                // By a person's wish: what stopped it half-way is over.
-                clone.error = None;
-            }
-        }
-        Some((found, Action::Refuse)) if !ended => {
-            clone.state = pb::State::Failed.into();
-            clone.error = Some(found.replacement.refused().to_wire());
-        }
-        Some(_) | None if ended => {}
-        Some(_) | None => end_interrupted(clone),
-    }
-    if let Some(found) = found {
-        clone.install = Some(found.replacement.to_wire());
-    }
-    if is_final(clone.state) {
-        clone.end_time.get_or_insert(time::timestamp(SystemTime::now()));
-        clone.eta = None;
-    }
-    *clone != before
-}
-
-/// A stop of the service ended this clone: its staging goes, its record says how it ended.
-fn end_interrupted(clone: &mut pb::Clone) {
-    let id = clone.name.rsplit('/').next().unwrap_or_default().to_owned();
-    let target = Path::new(OsStr::from_bytes(&clone.destination));
-    let mut end = pb::State::Failed;
-    if let Some(parent) = target.parent().filter(|_| Uuid::parse_str(&id).is_ok()) {
-        let [staging, _] = staging_directories(parent, &id);
-        let tree = staging.join("tree");
-        // A new directory: the tree has left its staging directory by the one rename that installs.
-        if staging.is_dir() && !tree.exists() && target.is_dir() {
-            end = pb::State::Completed;
-        }
-        for parent in [parent.to_owned(), Form::Move.staging_parent(target)] {
-            for directory in staging_directories(&parent, &id) {
-                // A journal means that an install keeps what is there.
-                if installed_journal(&directory).exists() {
-                    continue;
-                }
-                if let Err(failure) = Staging::remove(&directory) {
-                    warn!(clone = %id, error = %failure, "staging directory is left");
-                }
-            }
-        }
-        place::remove_inner(target);
-        info!(clone = %id, "cleared up after a clone that a stop has ended");
-    }
-    clone.state = end.into();
-    if end == pb::State::Failed {
-        clone.error = Some(interrupted());
-    }
-    let now = Some(time::timestamp(SystemTime::now()));
-    for row in &mut clone.stages {
-        if row.state == i32::from(pb::State::InProgress) {
-            row.state = end.into();
-            row.end_time = now;
-        }
-    }
-}
 
 impl Clones {
     /// Goes on with an install, or a copy, that a stop has cut, and from then on removes kept data whose time
     /// is over. Returns how the server is to be started; `None` when that is the install's.
     pub fn go_on(self: &Arc<Self>) -> Option<FirstStart> {
-        let installs: Vec<_> = self.lock().installs.values().cloned().collect();
+        let untold = std::mem::take(&mut self.lock().untold);
+        for clone in &untold {
+            self.tell_end(clone);
+        }
+        let installs: Vec<_> = {
+            let table = self.lock();
+            let state = |name: &str| table.past.get(name).map(pb::Clone::state);
+            let all = table.installs.iter().map(|(name, install)| (state(name), install));
+            let wanted = all.filter(|(state, _)| *state != Some(pb::State::Cancelled));
+            wanted.map(|(state, install)| (state, Arc::clone(install))).collect()
+        };
         let clones = Arc::clone(self);
         tokio::spawn(clones.keep_up());
-        let is_pending = |install: &&Arc<Replacement>| {
+        let is_pending = |(state, install): &&(Option<pb::State>, Arc<Replacement>)| {
             let action = install.action();
             let waits = install.plan.waits;
             action.is_ok_and(|action| match action {
                 Action::Install => !waits,
+                // Its server is still to be opened.
+                Action::Keep => *state == Some(pb::State::InProgress),
                 action => action == Action::GoOn,
             })
         };
         let pending = installs.iter().find(is_pending).filter(|_| self.control.manages());
-        let Some(replacement) = pending.cloned() else {
-            self.go_on_with_interrupted();
+        let Some((_, replacement)) = pending.cloned() else {
+            // A copy goes on once its server has been seen to.
+            if !self.bring_server_back() {
+                self.go_on_with_interrupted();
+            }
             let own = self.settings.data_directory.as_deref();
             if let Some(own) = own.filter(|own| generation::was_discarded(own)) {
                 error!(
@@ -262,17 +70,19 @@ impl Clones {
                 );
                 return None;
             }
-            let opened = installs.iter().find(|install| is_kept(install));
-            return Some(opened.map_or(FirstStart::No, |install| install.first_start()));
+            return Some(standing_start(&self.lock()));
         };
         let clones = Arc::clone(self);
-        let span = info_span!("install", clone = %replacement.plan.clone);
+        let span = install_span(&replacement);
         match self.occupy(&replacement) {
             Ok(running) => {
+                running.status.spans.set_clone(span.clone());
                 let work = async move {
                     let installer = clones.installer_for(&running, &replacement);
                     let result = clones.go_on_with_install(&installer).await;
                     clones.end_install(&running, &replacement, &result);
+                    running.status.spans.release();
+                    clones.bring_server_back();
                 };
                 self.tasks.spawn(work.instrument(span));
                 None
@@ -320,7 +130,7 @@ impl Clones {
             let replacement = Arc::clone(&installer.replacement);
             match installer.put_in_place_or_back().await {
                 Ok(()) => (Ok(End::Completed), Ok(())),
-                // It stands as before, and may be tried again.
+                // Where the old data stand it may be tried again.
                 Err(failure) => {
                     let text = Err(failure.clone());
                     let waits_again = blocking(move || replacement.wait_again()).await;
@@ -352,6 +162,17 @@ impl Clones {
         };
         if !may_be {
             return Err(not_installed(&clone));
+        }
+        if self.is_away(&self.lock(), &clone.name) {
+            return Err(Failure::precondition(
+                "SERVER_AWAY",
+                format!(
+                    "the server on {} was stopped and is not seen to run again: the old data stay until \
+                     it is; look at the server, and accept {} then",
+                    replacement.place.data_directory.display(),
+                    clone.name
+                ),
+            ));
         }
         self.operate(&replacement, |installer| async move {
             let replacement = Arc::clone(&installer.replacement);
@@ -419,12 +240,19 @@ impl Clones {
     pub(super) fn cancel_waiting(&self, mut clone: pb::Clone) -> Result<pb::Clone, Failure> {
         let removal = self.begin_removal(&clone.name, |_| Ok(()))?;
         if let Some(replacement) = removal.install() {
-            replacement.let_go()?;
+            replacement.begin_letting_go()?;
         }
+        // Before anything goes: a stop on the way must not say that it waits.
         clone.state = pb::State::Cancelled.into();
         clone.install = None;
         self.history.save(&clone)?;
-        removal.done(Some(clone.clone()));
+        self.note_end(&mut self.lock(), &clone);
+        let mut is_left = false;
+        if let Some(replacement) = removal.install() {
+            left(replacement, replacement.let_go());
+            is_left = replacement.place.staging.exists();
+        }
+        removal.done(Some(clone.clone()), is_left);
         Ok(clone)
     }
 
@@ -440,11 +268,14 @@ impl Clones {
     {
         let running = self.occupy(replacement)?;
         let (clones, replacement) = (Arc::clone(self), Arc::clone(replacement));
-        let span = info_span!("install", clone = %replacement.plan.clone);
+        let span = install_span(&replacement);
+        running.status.spans.set_clone(span.clone());
         let task = self.tasks.spawn(
             async move {
                 let (end, answer) = work(clones.installer_for(&running, &replacement)).await;
                 let clone = clones.end_install(&running, &replacement, &end);
+                running.status.spans.release();
+                clones.bring_server_back();
                 answer.map(|()| clone)
             }
             .instrument(span),
@@ -465,10 +296,11 @@ impl Clones {
         let clone = table.past.get(&name).cloned().ok_or_else(|| unknown(&name))?;
         let running = Running {
             id: replacement.plan.clone.clone(),
-            status: Arc::new(CloneStatus::again(clone)),
+            status: Arc::new(CloneStatus::again(clone, &self.counts)),
             job: None,
         };
         table.running = Some(running.clone());
+        table.shown = Some(Arc::clone(&running.status));
         Ok(running)
     }
 
@@ -491,24 +323,42 @@ impl Clones {
         end: &Result<End, Failure>,
     ) -> pb::Clone {
         running.status.set_install(replacement);
+        if let Err(failure) = end {
+            fail(&Span::current(), failure);
+        }
         if end.as_ref().is_err_and(was_left) {
             return self.leave_install(running, replacement);
         }
+        let before = self.lock().past.get(&running.status.clone_resource().name).cloned();
+        // What had ended has its end, whatever is done with its install afterwards.
+        let had_ended = before.filter(|before| is_final(before.state) && end.is_ok());
         let mut clone = running.status.finish(end, false);
+        if let Some(before) = had_ended {
+            let install = clone.install.take();
+            clone = pb::Clone { install, ..before };
+        }
         if replacement.step() == Step::RolledBack && end.is_ok() {
             clone.state = pb::State::RolledBack.into();
+            // Of a roll-back that had stopped half-way.
+            clone.error = None;
         }
-        if replacement.step() == Step::RolledBack && end.is_err() && !replacement.was_opened() {
+        let is_given_up = replacement.step().is_given_up()
+            && !replacement.plan.waits
+            // Else it is all that there is.
+            && !generation::was_discarded(&replacement.place.data_directory);
+        if is_given_up && end.is_err() && !replacement.was_opened() {
             // By itself: nobody has written to what is given up.
-            if let Err(failure) = replacement.let_go() {
-                warn!(error = %failure, "staging directory is left");
-            }
+            left(replacement, replacement.give_up());
         }
         if let Err(failure) = self.history.save(&clone) {
             warn!(error = %failure, "the clone's record could not be written");
         }
         let mut table = self.lock();
         table.running = None;
+        let before = table.past.get(&clone.name).map_or(0, |before| before.state);
+        if !is_final(before) && is_final(clone.state) {
+            self.note_end(&mut table, &clone);
+        }
         if replacement.place.staging.exists() {
             table.installs.insert(clone.name.clone(), Arc::clone(replacement));
         } else {
@@ -516,9 +366,20 @@ impl Clones {
         }
         table.past.insert(clone.name.clone(), clone.clone());
         drop(table);
+        if clone.state != before {
+            self.tell_end(&clone);
+        }
         running.status.update(|published| *published = clone.clone());
         clone
     }
+}
+
+/// The span of an install that is all that is left of its clone.
+fn install_span(replacement: &Replacement) -> Span {
+    let clone = &replacement.plan.clone;
+    let span = info_span!("install", clone = %clone);
+    span.set_attribute(CLONE, format!("clones/{clone}"));
+    span
 }
 
 /// Whether the clone stands and is open, and the old tree is kept.

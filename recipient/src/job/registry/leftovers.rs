@@ -8,28 +8,45 @@ use std::{
     sync::Arc,
 };
 
-use marcot_common::{failure::Failure, host::path_bytes};
+use marcot_common::{
+    failure::Failure,
+    host::path_bytes,
+    in_use::{InUse, InUseError},
+};
 use marcot_proto::recipient::v1 as pb;
 use tonic::Code;
 
 use super::{Clones, Table, refuse_if_busy, resumes::staged};
 use crate::{
+    copy_journal::record::Begun,
     install::{
+        generation,
         place::{self, Form},
         replacement::Replacement,
         step::Step,
     },
-    job::installed_journal,
+    job::{installed_journal, status::is_final},
     staging::{Staging, allocated_bytes},
 };
 
 /// A clone's id and directories, what they hold, and whether they may be removed.
-type Described = (String, Vec<PathBuf>, &'static str, bool);
+type Described = (String, Vec<PathBuf>, &'static str, Removable);
+
+/// Whether something may be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Removable {
+    /// With all others.
+    Yes,
+    /// By its name alone: it may be another recipient's.
+    ByName,
+    /// Not so.
+    No,
+}
 
 /// Directories of one clone.
 #[derive(Debug, Default)]
-struct Left {
-    directories: Vec<PathBuf>,
+pub(super) struct Left {
+    pub(super) directories: Vec<PathBuf>,
 }
 
 impl Clones {
@@ -39,7 +56,9 @@ impl Clones {
         let found: Vec<_> = {
             let table = self.lock();
             let described = self.left(&table).into_iter().filter_map(|(id, left)| {
-                let (content, removable) = describe(&table, &id, left.directories.first()?);
+                let own = self.own_directory();
+                let path = left.directories.first()?;
+                let (content, removable) = self.describe(&table, own.as_deref(), &id, path);
                 Some((id, left.directories, content, removable))
             });
             described.collect()
@@ -51,16 +70,21 @@ impl Clones {
                 allocated_bytes: directories.iter().map(|path| allocated_bytes(path)).sum(),
                 path: path_bytes(directories.first()?),
                 content: content.to_owned(),
-                removable,
+                removable: removable == Removable::Yes,
             })
         };
         found.into_iter().filter_map(to_wire).collect()
     }
 
-    fn left(&self, table: &Table) -> BTreeMap<String, Left> {
+    /// The data directory whose server is this recipient's.
+    fn own_directory(&self) -> Option<PathBuf> {
+        let directory = self.settings.data_directory.as_ref()?;
+        Some(directory.canonicalize().unwrap_or_else(|_| directory.clone()))
+    }
+
+    pub(super) fn left(&self, table: &Table) -> BTreeMap<String, Left> {
         let mut left: BTreeMap<String, Left> = BTreeMap::new();
-        if let Some(directory) = &self.settings.data_directory {
-            let directory = directory.canonicalize().unwrap_or_else(|_| directory.clone());
+        if let Some(directory) = self.own_directory() {
             for form in [Form::Exchange, Form::Move] {
                 let Ok(entries) = std::fs::read_dir(form.staging_parent(&directory)) else {
                     continue;
@@ -84,6 +108,20 @@ impl Clones {
         left
     }
 
+    /// What it is, and whether it may be removed.
+    fn describe(
+        &self,
+        table: &Table,
+        own: Option<&Path>,
+        id: &str,
+        path: &Path,
+    ) -> (&'static str, Removable) {
+        if self.is_away(table, &format!("clones/{id}")) {
+            return ("of a clone whose server is to be started again first", Removable::No);
+        }
+        describe(table, own, id, path)
+    }
+
     /// Removes one of them.
     pub fn remove_leftover(&self, name: &str) -> Result<(), Failure> {
         let shown: String = name.chars().take(80).collect();
@@ -100,15 +138,16 @@ impl Clones {
         let removal = self.begin_removal(&clone, |table| {
             let left = self.left(table).remove(id).ok_or_else(unknown)?;
             let path = left.directories.first().ok_or_else(unknown)?;
-            match describe(table, id, path) {
-                (_, true) => Ok(left),
-                (content, false) => Err(Failure::precondition(
+            match self.describe(table, self.own_directory().as_deref(), id, path) {
+                (_, Removable::Yes | Removable::ByName) => Ok(left),
+                (content, Removable::No) => Err(Failure::precondition(
                     "LEFTOVER_IN_USE",
                     format!("{name} is {content} and cannot be removed so"),
                 )),
             }
         })?;
         match removal.install() {
+            Some(replacement) if replacement.step() == Step::Accepted => replacement.accept()?,
             Some(replacement) => replacement.let_go()?,
             None => {
                 for directory in &removal.found.directories {
@@ -119,7 +158,7 @@ impl Clones {
         if let Ok(clone) = self.get(&clone) {
             place::remove_inner(Path::new(OsStr::from_bytes(&clone.destination)));
         }
-        removal.done(None);
+        removal.done(None, false);
         Ok(())
     }
 
@@ -154,10 +193,12 @@ impl<T> Removal<'_, T> {
         self.install.as_deref()
     }
 
-    /// They have gone; `record` is the clone's, if it has changed.
-    pub(super) fn done(self, record: Option<pb::Clone>) {
+    /// They have gone, unless something `is_left` of them; `record` is the clone's, if it has changed.
+    pub(super) fn done(self, record: Option<pb::Clone>, is_left: bool) {
         let mut table = self.clones.lock();
-        table.installs.remove(&self.clone);
+        if !is_left {
+            table.installs.remove(&self.clone);
+        }
         if let Some(record) = record {
             table.past.insert(self.clone.clone(), record);
         }
@@ -170,30 +211,66 @@ impl<T> Drop for Removal<'_, T> {
     }
 }
 
-fn keeps_staging(clone: &pb::Clone) -> bool {
-    matches!(clone.state(), pb::State::Failed | pb::State::AwaitingCredentials)
-}
-
-/// What it is, and whether it may be removed.
-fn describe(table: &Table, id: &str, path: &Path) -> (&'static str, bool) {
+/// The same of one whose server runs, or is nobody's to start.
+fn describe(table: &Table, own: Option<&Path>, id: &str, path: &Path) -> (&'static str, Removable) {
     if table.running.as_ref().is_some_and(|running| running.id == id) {
-        return ("of the clone that runs", false);
+        return ("of the clone that runs", Removable::No);
     }
     let name = format!("clones/{id}");
-    match table.installs.get(&name).map(|install| install.step()) {
-        Some(Step::RolledBack) => ("a clone that was rolled back", true),
-        Some(Step::Staged) => ("a clone that waits to be installed", false),
-        Some(_) => ("the data from before the clone; `marcot accept` removes them", false),
-        None if installed_journal(path).exists() => ("of another data directory", false),
-        None => match table.past.get(&name).map(pb::Clone::state) {
-            None => ("of a clone that is not known any more", true),
-            Some(pb::State::Failed) => {
-                ("of a clone that failed; `marcot resume` goes on with it", true)
-            }
-            Some(pb::State::AwaitingCredentials) => {
-                ("of a clone that waits for a password; `marcot cancel` gives it up", false)
-            }
-            Some(_) => ("of a clone that has ended", false),
-        },
+    if let Some(install) = table.installs.get(&name) {
+        return kept_by(install);
     }
+    if installed_journal(path).exists() {
+        return ("of another data directory", Removable::No);
+    }
+    match table.past.get(&name).map(pb::Clone::state) {
+        None => unknown(path, own),
+        Some(pb::State::Failed) => {
+            ("of a clone that failed; `marcot resume` goes on with it", Removable::Yes)
+        }
+        Some(pb::State::AwaitingCredentials) => {
+            ("of a clone that waits for a password; `marcot cancel` gives it up", Removable::No)
+        }
+        Some(state) if is_final(state.into()) => ("of a clone that has ended", Removable::Yes),
+        Some(_) => ("of a clone that goes on", Removable::No),
+    }
+}
+
+fn kept_by(install: &Replacement) -> (&'static str, Removable) {
+    // Else it is all that there is.
+    let has_data = !generation::was_discarded(&install.place.data_directory);
+    match install.step() {
+        Step::RolledBack if has_data => ("a clone that was rolled back", Removable::Yes),
+        Step::Staged if has_data && !install.plan.waits => {
+            ("a clone whose install could not begin", Removable::Yes)
+        }
+        Step::Staged => ("a clone that waits to be installed", Removable::No),
+        Step::LettingGo => ("what is left of a clone that was given up", Removable::Yes),
+        Step::Accepted => ("what is left of data from before an accepted clone", Removable::Yes),
+        Step::RolledBack => ("a clone that was rolled back, and all that there is", Removable::No),
+        _ => ("the data from before the clone; `marcot accept` removes them", Removable::No),
+    }
+}
+
+/// What no record tells of. Data directories of several servers may lie side by side, each with a
+/// recipient of its own, which remembers its clones.
+fn unknown(staging: &Path, own: Option<&Path>) -> (&'static str, Removable) {
+    const ANOTHERS: &str = "of another recipient's clone";
+    if matches!(InUse::shared(staging), Err(InUseError::Taken)) {
+        return (ANOTHERS, Removable::No);
+    }
+    match Begun::look(staging) {
+        Ok(Some(begun)) if begun.target.is_empty() => {}
+        Ok(Some(begun)) if own == Some(Path::new(OsStr::from_bytes(&begun.target))) => {}
+        Ok(None) => {}
+        Ok(Some(_)) | Err(_) => return (ANOTHERS, Removable::ByName),
+    }
+    ("of a clone that is not known any more", Removable::Yes)
+}
+
+fn keeps_staging(clone: &pb::Clone) -> bool {
+    matches!(
+        clone.state(),
+        pb::State::Failed | pb::State::AwaitingCredentials | pb::State::Cancelled
+    )
 }

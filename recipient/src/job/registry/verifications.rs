@@ -67,7 +67,11 @@ impl Clones {
                     step.name()
                 ));
             }
-            Ok(answer(&directory, &certificate, report))
+            let answer = answer(&directory, &certificate, report);
+            if !answer.intact && !answer.modified_by_server {
+                clones.counts.verification_failures.inc();
+            }
+            Ok(answer)
         })
         .await
     }

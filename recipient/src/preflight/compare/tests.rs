@@ -24,6 +24,8 @@ fn server() -> ServerFacts {
         ("innodb_data_file_path", "ibdata1:12M:autoextend"),
         ("innodb_undo_tablespaces", "0"),
         ("max_allowed_packet", "16777216"),
+        ("aria_encrypt_tables", "OFF"),
+        ("encrypt_binlog", "OFF"),
     ];
     ServerFacts {
         variables: variables.map(|(n, v)| (n.to_owned(), v.to_owned())).into(),
@@ -31,6 +33,7 @@ fn server() -> ServerFacts {
         plugins: Some(vec![plugin("InnoDB", "STORAGE ENGINE", "")]),
         encryption: Some(Encryption::default()),
         undo_files: None,
+        keyring_component: None,
     }
 }
 
@@ -201,7 +204,7 @@ fn encrypted_data_need_keys_and_whose_is_never_said_to_be_known() {
         Some(Encryption { tablespaces: 3, key_ids: vec![1, 7], redo_log: false });
     let (check, _, text) = failed(&donor, &own()).remove(0);
     assert_eq!(check, "encryption_keys");
-    assert!(text.contains("3 tablespaces are (keys 1, 7)"), "{text}");
+    assert!(text.contains("3 tablespaces (keys 1, 7)"), "{text}");
     let mut own = own();
     own.plugins.as_mut().unwrap().push(plugin("file_key_management", "ENCRYPTION", "f.so"));
     let finding = found(&donor, &own).pop().unwrap();
@@ -209,6 +212,60 @@ fn encrypted_data_need_keys_and_whose_is_never_said_to_be_known() {
     // The redo log alone does.
     donor.server.encryption = Some(Encryption { redo_log: true, ..Encryption::default() });
     assert_eq!(failed(&donor, &self::own()).len(), 1);
+}
+
+/// Guards a clone that no server of the other side can read: MySQL's keyrings are components, which no
+/// list of plugins has. Without the look at them nothing is refused.
+#[test]
+fn encrypted_data_of_a_mysql_need_a_keyring_and_one_that_nobody_may_see_is_not_checked() {
+    let (mut donor, mut own) = (donor(), own());
+    set(&mut donor, "version", "9.7.0");
+    own.values.get_mut("version").unwrap().value = "9.7.0".to_owned();
+    donor.server.encryption = Some(Encryption { tablespaces: 2, ..Encryption::default() });
+    let mut told = |component| {
+        own.keyring_component = component;
+        let mut found = found(&donor, &own);
+        found.retain(|finding| finding.check == "encryption_keys");
+        let finding = found.remove(0);
+        (finding.status(), finding.reason, finding.message)
+    };
+    let (status, reason, message) = told(Some(false));
+    assert_eq!((status, &*reason), (FindingStatus::Failed, "ENCRYPTION_KEYS"));
+    assert!(message.contains("no keyring component that is active"), "{message}");
+    let (status, _, message) = told(None);
+    assert_eq!(status, FindingStatus::NotChecked);
+    assert!(message.contains("performance_schema.keyring_component_status"), "{message}");
+    // Whether its keys are the right ones no server tells.
+    let (status, _, message) = told(Some(true));
+    assert_eq!(status, FindingStatus::NotChecked);
+    assert!(message.contains("cannot be asked"), "{message}");
+}
+
+/// Guards a clone that no server of the other side can read: MariaDB encrypts tables of Aria by a setting
+/// of their own. Without the look at it the check passes for what it has not seen. Its binary log is not
+/// cloned, and needs no keys.
+#[test]
+fn encrypted_tables_of_aria_need_keys_and_are_not_passed_over_when_nobody_asked() {
+    let mut donor = donor();
+    set(&mut donor, "aria_encrypt_tables", "ON");
+    let (check, _, text) = failed(&donor, &own()).remove(0);
+    assert_eq!(check, "encryption_keys");
+    assert!(text.contains("donor: Aria tables (aria_encrypt_tables);"), "{text}");
+    set(&mut donor, "aria_encrypt_tables", "OFF");
+    set(&mut donor, "encrypt_binlog", "ON");
+    let of = |donor: &DonorFacts| {
+        let mut found = found(donor, &own());
+        found.retain(|finding| finding.check == "encryption_keys");
+        found.remove(0)
+    };
+    let finding = of(&donor);
+    assert_eq!(finding.status(), FindingStatus::Passed, "{finding:?}");
+    assert!(finding.message.contains("its binary log is, and is not cloned"), "{finding:?}");
+    donor.server.variables.remove("aria_encrypt_tables");
+    assert_eq!(of(&donor).status(), FindingStatus::NotChecked);
+    // MySQL has no such setting.
+    set(&mut donor, "version", "9.7.0");
+    assert_eq!(of(&donor).status(), FindingStatus::Passed);
 }
 
 #[test]

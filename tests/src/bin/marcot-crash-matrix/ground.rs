@@ -9,8 +9,9 @@ use std::{
 
 use futures::FutureExt as _;
 use marcot_proto::recipient::v1::{
-    AcceptCloneRequest, Clone, CloneOptions, GetCloneRequest, InstallStep, RollbackCloneRequest,
-    State, recipient_service_client::RecipientServiceClient,
+    AcceptCloneRequest, Clone, CloneOptions, DeleteLeftoverRequest, GetCloneRequest,
+    InstallCloneRequest, InstallStep, RollbackCloneRequest, State,
+    recipient_service_client::RecipientServiceClient,
 };
 use marcot_tests::{
     Recipient,
@@ -20,11 +21,12 @@ use marcot_tests::{
     recipient,
     site::{Site, copy_tree},
     volume::run,
+    wait_for,
 };
 use tonic::transport::Channel;
 
 use crate::{
-    AFTER, End, Moment, of,
+    AFTER, DISCARD_STOPPED, End, Moment, of,
     outcomes::{BEFORE, Outcomes},
     standing,
 };
@@ -33,7 +35,7 @@ use crate::{
 const STEP_PAUSE_MS: &str = "150";
 
 /// Longest start of the server after that: its recovery takes a second.
-const ANSWER_MAX: Duration = Duration::from_secs(30);
+const ANSWER_MAX: Duration = Duration::from_secs(90);
 
 /// Bytes of the file system whose power is cut, and of what holds it and its copy.
 fn sizes(file_system: FileSystem) -> (&'static str, &'static str) {
@@ -76,6 +78,8 @@ impl Ground {
 
     /// Sets the old data back, and forgets all clones.
     fn reset(&self) {
+        self.site.end_servers();
+        wait_for("the servers to end", || self.site.server_pid().is_none().then_some(()));
         if let Some(volume) = &self.volume {
             volume.format();
             volume.mount(&volume.image);
@@ -97,8 +101,28 @@ impl Ground {
         }
     }
 
+    /// Starts the server, and a recipient.
     fn start(&self, environment: &[(&str, &str)]) -> Recipient {
-        self.site.supervise_with(&["--install-form", self.form], environment)
+        match self.form {
+            "hooks" => {
+                self.site.start_server();
+                self.site.with_hooks(&[], environment)
+            }
+            "person" => {
+                self.site.start_server();
+                self.site.unmanaged(&[], environment)
+            }
+            form => self.site.supervise_with(&["--install-form", form], environment),
+        }
+    }
+
+    /// Starts a recipient after one that was killed.
+    fn start_again(&self) -> Recipient {
+        match self.form {
+            "hooks" => self.site.with_hooks(&[], &[]),
+            "person" => self.site.unmanaged(&[], &[]),
+            form => self.site.supervise_stopped(&["--install-form", form]),
+        }
     }
 
     /// One run; tells whether it counts.
@@ -121,10 +145,17 @@ impl Ground {
         let environment = [("MARCOT_TEST_HOLD_AT", &*wish), ("MARCOT_TEST_STEP_PAUSE", pause)];
         let mut recipient_1 = self.start(&environment);
         let mut client = recipient(&recipient_1).await;
-        let clone = self.site.begin(&mut client, CloneOptions::default()).await.unwrap();
+        let discard_old_data_first = matches!(moment, Moment::Step(DISCARD_STOPPED));
+        let options = CloneOptions { discard_old_data_first, ..Default::default() };
+        let clone = self.site.begin(&mut client, options).await.unwrap();
         let begun = Instant::now();
         let call = match moment {
             Moment::Step(step) => {
+                if self.installs(step) {
+                    let waiting = settled(&mut client, &clone.name).await.unwrap();
+                    assert_eq!(waiting.map(|clone| clone.state()), Some(State::AwaitingInstall));
+                    self.site.shut_server_down();
+                }
                 let call = self.lead_to(step, clone.name.clone(), client.clone());
                 self.wait_for_step(&recipient_1, step).await;
                 call
@@ -142,7 +173,10 @@ impl Ground {
         self.end(end, &mut recipient_1);
         drop(recipient_1);
         let steps = steps_in(&log);
-        let last = steps.last().map_or(BEFORE, String::as_str);
+        let last = match moment {
+            Moment::Step(step) => step,
+            Moment::After(_) => steps.last().map_or(BEFORE, String::as_str),
+        };
         drop(std::fs::remove_file(&hold));
         // A recipient or a server that does not come up is what this is about, and no end of it.
         let verdict = AssertUnwindSafe(self.look(&clone.name, &log)).catch_unwind().await;
@@ -165,7 +199,12 @@ impl Ground {
         clone.state() == State::InProgress
     }
 
-    /// Asks for what leads to a step after `opened`.
+    /// Whether a person has to install the clone to come to a step.
+    fn installs(&self, step: &str) -> bool {
+        self.form == "person" && step != "staged"
+    }
+
+    /// Asks for what leads to a step after `opened`, or to one of a person's install.
     fn lead_to(
         &self,
         step: &str,
@@ -174,7 +213,12 @@ impl Ground {
     ) -> tokio::task::JoinHandle<()> {
         let is_accept = step == "accepted";
         let is_back = of(&AFTER, self.form).iter().any(|(name, _)| *name == step) && !is_accept;
+        let is_let_go = step == "letting_go";
+        let installs = self.installs(step);
         tokio::spawn(async move {
+            if installs {
+                drop(client.install_clone(InstallCloneRequest { name: name.clone() }).await);
+            }
             if !is_accept && !is_back {
                 return;
             }
@@ -190,17 +234,22 @@ impl Ground {
             if is_accept {
                 drop(client.accept_clone(AcceptCloneRequest { name }).await);
             } else {
+                let leftover = name.replacen("clones/", "leftovers/", 1);
                 let request = RollbackCloneRequest { name, discard_writes: true };
-                drop(client.rollback_clone(request).await);
+                let answer = client.rollback_clone(request).await;
+                if answer.is_ok() && is_let_go {
+                    let request = DeleteLeftoverRequest { name: leftover };
+                    drop(client.delete_leftover(request).await);
+                }
             }
         })
     }
 
     async fn wait_for_step(&self, recipient: &Recipient, step: &str) {
-        let line = format!("step=\"{step}\"");
+        let lines = [format!("step=\"{step}\""), format!("at=\"{step}\"")];
         let begun = Instant::now();
-        while !recipient.0.log().contains(&line) {
-            assert!(begun.elapsed() < Duration::from_secs(60), "{step}: {}", recipient.0.log());
+        while !lines.iter().any(|line| recipient.0.log().contains(line)) {
+            assert!(begun.elapsed() < Duration::from_secs(300), "{step}: {}", recipient.0.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -224,21 +273,34 @@ impl Ground {
 
     /// Starts again, and says which tree stands, or what is wrong.
     async fn look(&self, name: &str, log: &str) -> Result<String, String> {
-        let mut recipient_2 = self.site.supervise_stopped(&["--install-form", self.form]);
+        let mut recipient_2 = self.start_again();
         let mut client = recipient(&recipient_2).await;
-        let clone = settled(&mut client, name).await?;
+        let mut clone = settled(&mut client, name).await?;
+        if self.form == "person" {
+            self.act(&mut client, &mut clone).await?;
+        }
         self.site.wait_for_server_within(ANSWER_MAX)?;
         let mark = self.site.mark();
         let damaged = self.site.damaged_tables();
         if !damaged.is_empty() {
             return Err(damaged);
         }
+        if !self.site.takes_connections() {
+            return Err(format!("{mark} stands, and its server is closed"));
+        }
+        let told = self.site.told();
+        if told.contains("twice") {
+            return Err(format!("a server that ran was started: {told}"));
+        }
         let id = name.rsplit('/').next().unwrap_or_default();
         standing::check(&self.site, &self.saved, &mark, id)?;
+        let came_to = |step: &str| log.contains(&format!("step=\"{step}\""));
         if let Some(clone) = &clone {
             let state = clone.state();
             let agrees = match mark.as_str() {
-                "old" => matches!(state, State::Failed | State::RolledBack | State::Cancelled),
+                // Once it was open only a person brings the old data back.
+                "old" if came_to(self.proven()) => state == State::RolledBack,
+                "old" => state == State::Failed,
                 _ => state == State::Completed,
             };
             if !agrees {
@@ -251,13 +313,44 @@ impl Ground {
                 return Err(format!("nothing is kept and the clone says {step:?}"));
             }
         }
-        // What is kept is kept for a reason: the old data, or a clone that a person has given up.
+        // What is kept is kept for a reason: the old data until they are accepted, or a clone that was
+        // open when a person gave it up.
         let left = self.site.leftovers();
-        if left.len() > 1 {
-            return Err(format!("{mark} stands and there is left: {left:?}"));
+        let keeps = match mark.as_str() {
+            "new" => !came_to("accepted") && !log.contains(DISCARD_STOPPED),
+            _ => came_to(self.proven()) && !came_to("letting_go"),
+        };
+        // With the power a record may have gone that was told to nobody: what was staged is nobody's then.
+        let is_unknown = clone.is_none() && left.len() <= 1;
+        if left.len() != usize::from(keeps) && !is_unknown {
+            return Err(format!(
+                "{mark} stands, one is kept: {keeps}, and there is left: {left:?}"
+            ));
         }
         recipient_2.0.terminate();
         Ok(mark)
+    }
+
+    /// The step from which on somebody may have written to the clone.
+    fn proven(&self) -> &'static str {
+        if self.form == "person" { "in_place" } else { "opened" }
+    }
+
+    /// What a person does: installs a clone that waits, and starts the server.
+    async fn act(
+        &self,
+        client: &mut RecipientServiceClient<Channel>,
+        clone: &mut Option<Clone>,
+    ) -> Result<(), String> {
+        if let Some(waiting) = clone.take_if(|clone| clone.state() == State::AwaitingInstall) {
+            self.site.shut_server_down();
+            let answer = client.install_clone(InstallCloneRequest { name: waiting.name }).await;
+            *clone = answer.map_err(|status| status.to_string())?.into_inner().clone;
+        }
+        if self.site.server_pid().is_none() {
+            self.site.start_server();
+        }
+        Ok(())
     }
 }
 
@@ -278,7 +371,7 @@ async fn settled(
         if clone.state() != State::InProgress {
             return Ok(Some(clone));
         }
-        if begun.elapsed() > Duration::from_secs(60) {
+        if begun.elapsed() > Duration::from_secs(300) {
             return Err(format!("it does not end: {clone:?}"));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

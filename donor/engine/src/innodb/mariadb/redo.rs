@@ -42,6 +42,12 @@ const FILE_MODIFY: u8 = 0xb0;
 /// Kind of a FILE_DELETE record.
 const FILE_DELETE: u8 = 0x90;
 
+/// Kind of an INIT_PAGE record, without the bit for the same page.
+const INIT_PAGE: u8 = 0x10;
+
+/// Set in a record that speaks of the page of the one before it, or of a file.
+const SAME_PAGE: u8 = 0x80;
+
 /// Why bytes are no part of a redo log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
@@ -370,6 +376,28 @@ pub fn deleted_spaces(records: &[u8], hides_ids: bool, each: &mut dyn FnMut(Opti
     }
 }
 
+/// Calls `each` for every tablespace whose first page a mini-transaction's records make: with its id,
+/// which must not be hidden.
+pub fn made_spaces(records: &[u8], each: &mut dyn FnMut(u32)) {
+    let mut at = 0;
+    let mut first_page_of = None;
+    while let Some(&byte) = records.get(at) {
+        let record = &records[at..];
+        let Ok(Some(length)) = record_bytes(record) else { return };
+        if byte & SAME_PAGE == 0 {
+            let id = record.get(length_bytes(record)..).unwrap_or_default();
+            let number = id.get(varint_bytes(id)..).unwrap_or_default();
+            first_page_of = varint(id).filter(|_| varint(number) == Some(0));
+        }
+        if byte & 0x70 == INIT_PAGE
+            && let Some(space) = first_page_of
+        {
+            each(space);
+        }
+        at += length;
+    }
+}
+
 /// Bytes that tell a record's kind and length.
 fn length_bytes(record: &[u8]) -> usize {
     match (record[0] & 0xf, record.get(1)) {
@@ -392,6 +420,11 @@ fn varint(bytes: &[u8]) -> Option<u32> {
     let rest = bytes.get(1..=more)?;
     let value = rest.iter().fold(u64::from(bits), |value, &b| value << 8 | u64::from(b));
     u32::try_from(value + least).ok()
+}
+
+/// Bytes that a number has.
+fn varint_bytes(bytes: &[u8]) -> usize {
+    bytes.first().map_or(0, |lead| 1 + lead.leading_ones() as usize)
 }
 
 /// What a walk along a log has found.

@@ -14,6 +14,19 @@ use crate::innodb::server::{Row, Server, Session, SqlError};
 /// Longest rest of a replica's SQL threads, seconds.
 const REPLICA_REST_SECONDS: u32 = 60;
 
+/// Longest wait for them to stop: half of it, so that a cut has the other half.
+const STOP_MAX: Duration = Duration::from_secs(REPLICA_REST_SECONDS as u64 / 2);
+
+/// Between two looks whether they have stopped, or run again.
+const LOOK_PAUSE: Duration = Duration::from_millis(2);
+
+/// How often a cancel is looked for meanwhile.
+const CANCEL_PAUSE: Duration = Duration::from_millis(200);
+
+/// Longest wait for the server to start them again: it takes milliseconds, but for a server that
+/// has not stopped them yet.
+const START_MAX: Duration = Duration::from_secs(5);
+
 /// A replica whose SQL threads rest while this lives.
 #[derive(Debug)]
 pub(in crate::innodb) struct RestingReplica {
@@ -28,8 +41,11 @@ pub(in crate::innodb) struct RestingReplica {
 ///
 /// One connection holds a named lock. Another one runs, as one compound statement on the server:
 /// stop, wait for that lock, start. Whether we let the lock go, die, or are frozen beyond the
-/// bound, the server starts the threads again.
-pub(in crate::innodb) fn rest_replica(server: &Server) -> Result<Option<RestingReplica>, Failure> {
+/// bound, the server starts the threads again. An error of `told` ends the wait for them to stop.
+pub(in crate::innodb) fn rest_replica(
+    server: &Server,
+    told: &mut dyn FnMut() -> Result<(), Failure>,
+) -> Result<Option<RestingReplica>, Failure> {
     let failed = |action: &'static str| move |error: SqlError| error.failure(action);
     let mut holder = server.connect()?;
     let running = running_threads(&mut holder)?;
@@ -65,7 +81,8 @@ pub(in crate::innodb) fn rest_replica(server: &Server) -> Result<Option<RestingR
     })?;
     let connections = running.clone();
     let mut resting = RestingReplica { holder, lock, connections, runner: Some(runner) };
-    let deadline = Instant::now() + Duration::from_secs(u64::from(REPLICA_REST_SECONDS) / 2);
+    let begun = Instant::now();
+    let mut told_at = begun;
     while running_threads(&mut resting.holder)?.iter().any(|name| running.contains(name)) {
         if resting.runner.as_ref().is_some_and(JoinHandle::is_finished) {
             let ended = resting.runner.take().and_then(|runner| runner.join().ok());
@@ -81,12 +98,19 @@ pub(in crate::innodb) fn rest_replica(server: &Server) -> Result<Option<RestingR
                 ),
             ));
         }
-        if Instant::now() >= deadline {
-            let text = "the replica's SQL threads have not stopped in time: a long transaction is \
-                        being applied, or DDL that clone_block_ddl keeps waiting";
+        if begun.elapsed() >= STOP_MAX {
+            let text = format!(
+                "the replica's SQL threads have not stopped in {} s: a long transaction is being \
+                 applied, or DDL that clone_block_ddl keeps waiting; clone again when it has ended",
+                STOP_MAX.as_secs()
+            );
             return Err(Failure::new(Code::Unavailable, "REPLICA_NOT_STOPPED", text));
         }
-        std::thread::sleep(Duration::from_millis(2));
+        if told_at.elapsed() >= CANCEL_PAUSE {
+            told_at = Instant::now();
+            told()?;
+        }
+        std::thread::sleep(LOOK_PAUSE);
     }
     Ok(Some(resting))
 }
@@ -101,14 +125,14 @@ fn running_threads(session: &mut Session) -> Result<Vec<String>, Failure> {
 
 /// Fails when SQL threads run although they are to rest: the server has started them because the
 /// cut took too long. Asked once commits are blocked, it proves that no event group is half
-/// applied.
+/// applied. Another try may end better.
 pub(in crate::innodb) fn check_rest(session: &mut Session) -> Result<(), Failure> {
     let running = running_threads(session)?;
     if running.is_empty() {
         return Ok(());
     }
     Err(Failure::new(
-        Code::Unavailable,
+        Code::Aborted,
         "REPLICA_NOT_STOPPED",
         format!(
             "the replica's SQL threads run again before the cut was made (connections: {}): they \
@@ -122,6 +146,19 @@ impl Drop for RestingReplica {
     fn drop(&mut self) {
         // Gone or not: the server starts the threads when this connection has ended.
         let _ = self.holder.execute(&format!("DO RELEASE_LOCK('{}')", self.lock));
+        let begun = Instant::now();
+        while self.runner.as_ref().is_some_and(|runner| !runner.is_finished()) {
+            if begun.elapsed() >= START_MAX {
+                // Not to be killed: only this statement starts what it stops.
+                tracing::warn!(
+                    connections = self.connections.join(", "),
+                    "the replica's SQL threads have not stopped yet; the server starts them again \
+                     once they have"
+                );
+                return;
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
         if let Some(Ok(Err(error))) = self.runner.take().map(JoinHandle::join) {
             tracing::warn!(%error, "the statement that starts the replica's SQL threads has failed");
         }

@@ -2,6 +2,9 @@
 //! InnoDB and decided only there (R4). The clone's server looks it up when it starts, as after a
 //! crash.
 //!
+//! Its name is that of the log that the clone's server has, where the recipient knows that, or the
+//! donor's: only there does the server look it up.
+//!
 //! Only the last file is needed: the server lets every prepared transaction be committed before it
 //! begins another. It is append-only, so it is read after the locks, through a descriptor that was
 //! opened under them, up to the point.
@@ -20,7 +23,7 @@ use tonic::Code;
 
 use crate::{
     Content, FileReader, Span,
-    innodb::{sabotage, server::Facts},
+    innodb::{mariadb::binlog::path_here, sabotage, server::Facts},
 };
 
 /// First bytes of a file that is not encrypted.
@@ -52,19 +55,22 @@ pub(in crate::innodb) struct BinlogTail {
 }
 
 impl BinlogTail {
-    /// Opens the file that the point is in; `None` where no binary log is written.
+    /// Opens the file that the point is in; `None` where no binary log is written. The clone's is named
+    /// by `base`, where there is one.
     pub(in crate::innodb) fn open(
         facts: &Facts,
         data_directory: &Path,
         point: &Coordinates,
+        base: Option<&str>,
     ) -> Result<Option<Self>, Failure> {
         if !facts.has_binlog || point.binlog_file.is_empty() {
             return Ok(None);
         }
         let name = String::from_utf8_lossy(&point.binlog_file).into_owned();
-        let basename = Path::new(facts.variable("log_bin_basename"));
-        let here = basename.parent().unwrap_or(data_directory);
-        let shown = here.join(&name);
+        // The server may know the data directory by another path.
+        let (basename, datadir) = (facts.variable("log_bin_basename"), facts.variable("datadir"));
+        let shown = path_here(basename, datadir, data_directory, &name);
+        let here = shown.parent().unwrap_or(data_directory);
         let file = File::open(&shown).map_err(|e| Failure::io("open binary log", &shown, &e))?;
         let mut magic = [0; MAGIC.len()];
         file.read_exact_at(&mut magic, 0)
@@ -93,15 +99,16 @@ impl BinlogTail {
         }
         // Relative to the data directory; elsewhere it gets the default name.
         let directory = here.strip_prefix(data_directory).ok().map(Path::to_owned);
+        let directory = directory.filter(|_| base.is_none());
         let path = match &directory {
             Some(directory) => directory.join(&name),
             None => {
                 let number = name.rsplit('.').next().unwrap_or("000001");
-                Path::new(&format!("{DEFAULT_BASE}.{number}")).to_owned()
+                Path::new(&format!("{}.{number}", base.unwrap_or(DEFAULT_BASE))).to_owned()
             }
         };
         let index = Path::new(facts.variable("log_bin_index"));
-        let index_path = match (index.strip_prefix(data_directory), &directory) {
+        let index_path = match (index.strip_prefix(datadir), &directory) {
             (Ok(inside), Some(_)) => inside.to_owned(),
             _ => path.with_extension("index"),
         };

@@ -29,9 +29,7 @@ pub(in crate::innodb) fn top(name: &[u8]) -> Option<Class> {
         _ if name.starts_with(b"component_keyring") || name == b"keyring" => {
             Class::LeftOut("keyring")
         }
-        _ if name.ends_with(b".dblwr") || name.ends_with(b".bdblwr") => {
-            Class::LeftOut("doublewrite_buffer")
-        }
+        _ if is_doublewrite(name) => Class::LeftOut("doublewrite_buffer"),
         _ if name.starts_with(b"undo_") && name.ends_with(b"_trunc.log") => Class::Plain,
         _ if name.ends_with(b".ibu") || name.starts_with(b"undo_") => Class::Undo,
         _ => return None,
@@ -48,7 +46,59 @@ pub(in crate::innodb) fn file(path: &RelativePath) -> Option<Class> {
     if bytes.ends_with(b".ibu") {
         return Some(Class::Undo);
     }
+    // In a directory of their own (innodb_doublewrite_dir); a schema of that name has no such files.
+    if is_doublewrite(path.name()) {
+        return Some(Class::LeftOut("doublewrite_buffer"));
+    }
     // The log tables, in which nothing is transactional.
     let is_log = bytes.starts_with(b"mysql/general_log.") || bytes.starts_with(b"mysql/slow_log.");
     is_log.then_some(Class::Late)
+}
+
+/// `#ib_16384_0.dblwr` and its like.
+fn is_doublewrite(name: &[u8]) -> bool {
+    name.starts_with(b"#ib_") && (name.ends_with(b".dblwr") || name.ends_with(b".bdblwr"))
+}
+
+/// Whether a file is the definition of a table outside InnoDB; those of the log tables, which are
+/// copied, are not looked at.
+pub(in crate::innodb) fn is_definition(path: &RelativePath) -> bool {
+    let bytes = path.as_bytes();
+    let is_log = bytes.starts_with(b"mysql/general_log_") || bytes.starts_with(b"mysql/slow_log_");
+    path.parent().is_some() && bytes.ends_with(b".sdi") && !is_log
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(name: &str) -> RelativePath {
+        RelativePath::new(name.as_bytes()).unwrap()
+    }
+
+    /// Guards a clone of a server with innodb_doublewrite_dir in its data directory: files that change
+    /// all the time are in no list. Copied, they never come to rest.
+    #[test]
+    fn doublewrite_files_stay_where_they_are_in_any_directory() {
+        let left = Some(Class::LeftOut("doublewrite_buffer"));
+        for name in ["#dblwr/#ib_16384_0.dblwr", "#a/b/#ib_16384_1.bdblwr"] {
+            assert_eq!(file(&path(name)), left, "{name}");
+        }
+        assert_eq!(top(b"#ib_16384_0.dblwr"), left);
+        assert_eq!(file(&path("shop/dblwr.ibd")), None);
+    }
+
+    #[test]
+    fn definitions_are_those_of_tables_outside_innodb() {
+        for (name, is) in [
+            ("shop/t_345.sdi", true),
+            ("mysql/mine_345.sdi", true),
+            ("mysql/general_log_224.sdi", false),
+            ("mysql/slow_log_225.sdi", false),
+            ("shop/t.ibd", false),
+            ("t_345.sdi", false),
+        ] {
+            assert_eq!(is_definition(&path(name)), is, "{name}");
+        }
+    }
 }

@@ -288,6 +288,7 @@ pub(in crate::innodb) fn disabled() -> Failure {
         "the server writes no redo log (ALTER INSTANCE DISABLE INNODB REDO_LOG): a copy of its files \
          could not be made consistent; enable it, and clone again",
     )
+    .mysql(3983)
 }
 
 fn encrypted(error: &dyn std::fmt::Display) -> Failure {

@@ -3,7 +3,7 @@
 use marcot_common::failure::{Failure, Violation};
 use tonic::Code;
 
-use super::log_files::disabled;
+use super::{log_files::disabled, log_status};
 use crate::innodb::server::{Facts, Session};
 
 /// Most files outside the data directory that one error names.
@@ -46,7 +46,7 @@ pub(in crate::innodb) fn check_privileges(session: &mut Session) -> Result<(), F
     ] {
         session.rows(sql).map_err(|error| error.failure(action))?;
     }
-    Ok(())
+    log_status::check_channels(session)
 }
 
 /// Fails for a server whose redo is off, or which has files elsewhere.

@@ -135,6 +135,12 @@ impl PageFormat {
         Self::read(page0, mysql::from_flags)
     }
 
+    /// The format of a `MariaDB` tablespace whose first page is not written yet, by the id and the flags
+    /// that the server gives for it. Whether it is encrypted these do not say.
+    pub fn of_tablespace(space_id: u32, flags: u32) -> Result<Self, FormatError> {
+        Self::from_flags(flags, space_id)
+    }
+
     fn read(
         page0: &[u8],
         from_flags: fn(u32, u32) -> Result<Self, FormatError>,

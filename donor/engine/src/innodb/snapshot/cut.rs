@@ -12,8 +12,9 @@ use marcot_common::{
     path::RelativePath,
 };
 use marcot_proto::common::v1::Coordinates;
+use tonic::Code;
 
-use super::{Advancing, InnodbSnapshot, Point, Served, ddl_timeout, path, tablespaces};
+use super::{Advancing, InnodbSnapshot, Point, Served, Walked, ddl_timeout, path, tablespaces};
 use crate::{
     files::{
         compare::{Base, Progress, Relisted},
@@ -27,13 +28,18 @@ use crate::{
         early::EarlySizes,
         flavor::Flavor,
         follower::Hold,
+        known::FoundSpaces,
         late::LateFiles,
-        mariadb::replica_rest::{self, RestingReplica},
+        mariadb::{
+            binlog,
+            replica_rest::{self, RestingReplica},
+        },
         mysql::{binlog::BinlogTail, log_status},
         point::{self, INFO_NAME},
         redo_file::{self, RedoFile},
         redo_log::log_name,
         sabotage,
+        server::Session,
         stash::{Stash, Stashed},
     },
 };
@@ -51,6 +57,7 @@ struct Read<'a> {
     stashed: HashMap<FileId, Stashed>,
     binlog: Option<BinlogTail>,
     root: Attributes,
+    spaces: FoundSpaces,
 }
 
 /// A file that the last list has beside what has changed in the tree.
@@ -128,7 +135,10 @@ impl InnodbSnapshot {
         // Dropped after the locks, also where the cut fails: what starts the SQL threads again may
         // need what they hold up.
         let mut resting = match self.facts.flavor {
-            Flavor::MariaDb => replica_rest::rest_replica(&self.shared.server)?,
+            Flavor::MariaDb => {
+                self.write_back_binlog(&mut self.shared.server.connect()?)?;
+                replica_rest::rest_replica(&self.shared.server, told)?
+            }
             // What a replica applies is in its binary log as all else, and decided by its end.
             Flavor::MySql => None,
         };
@@ -162,11 +172,14 @@ impl InnodbSnapshot {
     ) -> Result<Cut, LockError> {
         let ddl_blocked = Instant::now();
         let known = tablespaces(lock.session(), self.facts.flavor)?;
-        let (relisted, late_paths) =
-            self.relist(known, &mut advancing.unsettled, base, hold, &mut |_| {
+        let Walked { relisted, late: late_paths, spaces } =
+            self.relist(&known, &mut advancing.unsettled, base, hold, &mut |_| {
                 told()?;
                 lock.keep_alive()
             })?;
+        if !sabotage::is("page-after-point") {
+            known.check_found(lock.session(), self.facts.flavor, &spaces)?;
+        }
         let bytes = relisted.list.records.totals.data_bytes;
         let replaced = hold.deleted(None)?.replaced(&relisted.base, &advancing.listed)?;
         let quota = self.shared.quota.saturating_sub(late.bytes());
@@ -184,6 +197,13 @@ impl InnodbSnapshot {
         late.add(&self.tree, late_paths, &mut || lock.keep_alive())?;
         late.read_again(&self.tree, &mut || lock.keep_alive())?;
         let root = walk::root_attributes(&self.tree)?;
+        if self.facts.flavor == Flavor::MariaDb {
+            self.write_back_binlog(lock.session())?;
+        }
+        let closed = self.gate.close(&mut || {
+            told()?;
+            lock.keep_alive()
+        })?;
         let commit_begun = Instant::now();
         lock.block_commit()?;
         let commit_blocked = Instant::now();
@@ -195,9 +215,18 @@ impl InnodbSnapshot {
         // While the lock is held no binary log is purged.
         let binlog = match self.facts.flavor {
             Flavor::MariaDb => None,
-            Flavor::MySql => BinlogTail::open(&self.facts, self.tree.path(), &coordinates)?,
+            Flavor::MySql => {
+                let base = self.options.binlog_base.as_deref();
+                BinlogTail::open(&self.facts, self.tree.path(), &coordinates, base)?
+            }
         };
-        lock.end()?;
+        // MySQL's lock stays until the point stands: nobody's commits wait for it, and another try would
+        // find the work of DDL that has run meanwhile, of which no redo tells.
+        let goes_first = self.facts.flavor == Flavor::MariaDb;
+        match goes_first {
+            true => lock.end()?,
+            false => lock.prove()?,
+        }
         let ended = Instant::now();
         let coordinates = match sabotage::is("late-coordinates") {
             true => {
@@ -228,9 +257,21 @@ impl InnodbSnapshot {
             "the point is fixed"
         );
         let relisted = self.with_grown(relisted, &advancing.early)?;
-        let read = Read { late, stash, stashed, binlog, root };
-        let point = self.finish(&relisted, &advancing.listed, read, coordinates, hold, told);
-        Ok(point?)
+        let read = Read { late, stash, stashed, binlog, root, spaces };
+        let point = self.finish(&relisted, &advancing.listed, read, coordinates, hold, told)?;
+        if matches!(point, Cut::Made(_)) {
+            closed.keep();
+            if !goes_first && let Err(failure) = lock.end() {
+                tracing::warn!(error = %failure, "the lock on DDL goes with its connection");
+            }
+        }
+        Ok(point)
+    }
+
+    /// Leaves little of the binary log for the sync that commits wait for.
+    fn write_back_binlog(&self, session: &mut Session) -> Result<(), Failure> {
+        binlog::write_back_current(session, &self.facts, self.tree.path())
+            .map_err(|e| e.failure("ask for the binary log's name"))
     }
 
     /// Where the server is. MariaDB: commits are blocked.
@@ -293,19 +334,25 @@ impl InnodbSnapshot {
         hold: &Arc<Hold>,
         told: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<Cut, Failure> {
-        let Read { late, mut stash, stashed, binlog, root } = read;
+        let Read { late, mut stash, stashed, binlog, root, spaces } = read;
         let lsn = coordinates.lsn;
         let mut session = self.shared.server.connect()?;
         let flush = session.execute("FLUSH NO_WRITE_TO_BINLOG ENGINE LOGS");
         flush.map_err(|e| e.failure("flush the redo log"))?;
-        // With innodb_flush_log_at_trx_commit other than 1 this only writes the log; the server
-        // flushes it within innodb_flush_log_at_timeout.
-        hold.wait_for(lsn, told)?;
+        hold.wait_for(lsn, flushed_late(&mut session)?, told)?;
         // All of it up to the point is known by now: also what was discarded just before the locks.
-        if let Some(lsn) = hold.deleted(Some(lsn))?.replaced(&relisted.base, listed)? {
+        let deleted = hold.deleted(Some(lsn))?;
+        if let Some(lsn) = deleted.replaced(&relisted.base, listed)? {
             return Ok(Cut::Replaced(lsn));
         }
         let redo = RedoFile::compose(hold, lsn)?;
+        let unwritten = self.state().unwritten.clone();
+        if spaces.has_unwritten(&unwritten)
+            && let Some(mut made) = redo.made_spaces()?
+        {
+            made.retain(|&space| !deleted.has(space));
+            spaces.check_made(&mut session, &unwritten, &made)?;
+        }
         let name = log_name(self.facts.flavor);
         // The log's own attributes are those of a file that is always there.
         let like = match self.facts.flavor {
@@ -339,6 +386,8 @@ impl InnodbSnapshot {
             None => None,
         };
         let list = self.with_extras(relisted, extras, known, &mut totals, &mut served)?;
+        // Last of all: another try may follow one that fails, and needs what comes.
+        hold.fix(lsn)?;
         Ok(Cut::Made(Box::new((list, Point { coordinates, served, totals, root }))))
     }
 
@@ -398,14 +447,49 @@ fn find_path(base: &Base, path: &RelativePath) -> Result<Option<Record>, Failure
     Ok(None)
 }
 
-/// Whether another try of the cut may end better: a file that was written, a connection lost.
+/// Whether another try of the cut may end better: a file that was written, a connection lost, a
+/// replica's threads that rested for too short a time. Those that have not stopped in all that time
+/// would have to be waited for once more, while no other clone can be cut.
 fn is_passing(failure: &Failure) -> bool {
-    matches!(
-        failure.reason.as_ref(),
-        "FILE_CHANGED" | "FILE_VANISHED" | "DATABASE_LOST" | "REPLICA_NOT_STOPPED"
-    )
+    match failure.reason.as_ref() {
+        "FILE_CHANGED" | "FILE_VANISHED" | "DATABASE_LOST" => true,
+        "REPLICA_NOT_STOPPED" => failure.code == Code::Aborted,
+        _ => false,
+    }
 }
 
 fn millis(from: Instant, to: Instant) -> u64 {
     u64::try_from(to.saturating_duration_since(from).as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How long after it was written a server's redo log may be flushed: with a MariaDB's
+/// innodb_flush_log_at_trx_commit other than 1, FLUSH ENGINE LOGS only writes it.
+fn flushed_late(session: &mut Session) -> Result<Duration, Failure> {
+    let names =
+        "SELECT @@GLOBAL.innodb_flush_log_at_trx_commit, @@GLOBAL.innodb_flush_log_at_timeout";
+    let row = session.row(names).map_err(|e| e.failure("ask how the redo log is flushed"))?;
+    Ok(row.map_or(Duration::ZERO, |row| late_by(row.number(0), row.number(1))))
+}
+
+/// By the two variables: when it is flushed, and each how many seconds (1 to 2700) at the latest.
+fn late_by(at_commit: u64, each_seconds: u64) -> Duration {
+    match at_commit {
+        1 => Duration::ZERO,
+        _ => Duration::from_secs(each_seconds),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards servers that flush their log rarely: without the time that they take for it, a clone of one
+    /// that flushes it each two minutes ends in REDO_STALLED.
+    #[test]
+    fn a_log_that_is_flushed_late_is_waited_for_as_long() {
+        assert_eq!(late_by(1, 2700), Duration::ZERO);
+        for at_commit in [0, 2, 3] {
+            assert_eq!(late_by(at_commit, 120), Duration::from_secs(120));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! What comes after a round: another one, or the cut.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -13,7 +13,7 @@ use marcot_common::{
 use tonic::Code;
 
 use super::{
-    Advancing, InnodbSnapshot, REDO, Round, check_same_server,
+    Advancing, InnodbSnapshot, REDO, Round, Walked, check_same_server,
     cut::{Cut, LEFT_FOR_LOCKS_BYTES},
     listed, tablespaces,
 };
@@ -26,23 +26,21 @@ use crate::{
     innodb::{
         follower::Hold,
         redo_file::RedoFile,
-        server::{Facts, lost_lineage},
+        server::{Facts, Session, lost_lineage},
         survey::Mark,
     },
 };
 
-/// Most rounds of FILE COPY: each copies what changed during the one before, so the later ones are
-/// short; a server that creates tables faster than they can be copied needs --block-ddl.
-const FILE_ROUNDS_MAX: u32 = 8;
+/// Most rounds of whole files, in FILE COPY and between the rounds of pages: each copies what changed
+/// during the one before, so the later ones are short; a server that creates tables faster than they
+/// can be copied needs --block-ddl.
+const FILE_ROUNDS_MAX: usize = 8;
 
-/// Most rounds of PAGE COPY.
-const PAGE_ROUNDS_MAX: u32 = 4;
+/// Most rounds of pages.
+const PAGE_ROUNDS_MAX: usize = 4;
 
 /// Redo that is recovered in seconds, however small the server's log is.
 const REDO_BYTES: u64 = 64 << 20;
-
-/// Longest wait for a checkpoint: an idle server makes one within seconds.
-const CHECKPOINT_MAX: Duration = Duration::from_secs(120);
 
 impl InnodbSnapshot {
     /// Decides what comes after a round whose every byte is durable.
@@ -51,9 +49,11 @@ impl InnodbSnapshot {
         advancing: &mut Advancing,
         progress: Progress<'_>,
     ) -> Result<(), Failure> {
+        self.check_ddl_blocked()?;
         let (base, hold, file_rounds, page_rounds) = {
             let state = self.state();
-            let rounds = (state.rounds_of(Stage::FileCopy), state.rounds_of(Stage::PageCopy));
+            let pages = state.rounds.iter().filter(|round| round.since.is_some()).count();
+            let rounds = (state.rounds.len() - pages, pages);
             (Arc::clone(&state.base), Arc::clone(&state.hold), rounds.0, rounds.1)
         };
         // None is kept from round to round: a server drops one that is idle for as long as a file copy
@@ -63,20 +63,23 @@ impl InnodbSnapshot {
         // A log that was lost needs another checkpoint anyway.
         let deleted = hold.deleted(None).unwrap_or_default();
         let known = tablespaces(&mut session, self.facts.flavor)?;
-        let (relisted, late) =
-            self.relist(known, &mut advancing.unsettled, &base, &hold, progress)?;
+        self.check_flushed(&mut session)?;
+        let Walked { relisted, late, .. } =
+            self.relist(&known, &mut advancing.unsettled, &base, &hold, progress)?;
+        self.confirm_unwritten(&known)?;
         let replaced = deleted.replaced(&relisted.base, &advancing.listed)?;
         clock::settle(relisted.newest_whole_second);
         let changed = relisted.list.records.totals.data_bytes;
-        if changed > LEFT_FOR_LOCKS_BYTES && file_rounds < FILE_ROUNDS_MAX && page_rounds == 0 {
-            tracing::info!(changed, round = file_rounds + 1, "files changed, another round");
-            let position = Position { stage: Stage::FileCopy, round: file_rounds + 1 };
-            advancing.early.note(&relisted.list, &self.classifier)?;
-            self.give_out(position, relisted, None);
-            return Ok(());
+        let is_much = changed > LEFT_FOR_LOCKS_BYTES && file_rounds < FILE_ROUNDS_MAX;
+        if is_much && page_rounds == 0 {
+            return self.list_files(advancing, relisted);
         }
         if let Some((since, fresh)) = self.page_round(&hold, page_rounds, replaced, progress)? {
-            return self.list_pages(advancing, &base, page_rounds + 1, since, fresh, progress);
+            return self.list_pages(advancing, &base, since, fresh, progress);
+        }
+        // A round of pages has such files as well.
+        if is_much {
+            return self.list_files(advancing, relisted);
         }
         let cut = match self.cut(advancing, &base, &hold, late, progress) {
             Err(failure) if hold.is_lost() && page_rounds < PAGE_ROUNDS_MAX => {
@@ -104,20 +107,32 @@ impl InnodbSnapshot {
                 let Some((since, fresh)) = round else {
                     return Err(Failure::bug("no page round after an import or a loss"));
                 };
-                self.list_pages(advancing, &base, page_rounds + 1, since, fresh, progress)?;
+                self.list_pages(advancing, &base, since, fresh, progress)?;
             }
             Cut::TooMuch(relisted) => {
                 let bytes = relisted.list.records.totals.data_bytes;
                 tracing::info!(bytes, "more has changed than may be read under the locks");
-                if file_rounds >= FILE_ROUNDS_MAX || page_rounds > 0 {
+                if file_rounds >= FILE_ROUNDS_MAX {
                     return Err(too_fast(relisted.list.records.totals.data_bytes));
                 }
                 clock::settle(relisted.newest_whole_second);
-                let position = Position { stage: Stage::FileCopy, round: file_rounds + 1 };
-                advancing.early.note(&relisted.list, &self.classifier)?;
-                self.give_out(position, *relisted, None);
+                self.list_files(advancing, *relisted)?;
             }
         }
+        Ok(())
+    }
+
+    /// Gives out a round of what has changed, as whole files. Redo begins where it did: it has what
+    /// was done to them since. After a round of pages it is one of PAGE COPY, for stages do not go back.
+    fn list_files(&self, advancing: &mut Advancing, relisted: Relisted) -> Result<(), Failure> {
+        let position = {
+            let state = self.state();
+            state.next_round(state.position().stage)
+        };
+        let changed = relisted.list.records.totals.data_bytes;
+        tracing::info!(changed, round = position.round, %position, "files changed, another round");
+        advancing.early.note(&relisted.list, &self.classifier)?;
+        self.give_out(position, relisted, None);
         Ok(())
     }
 
@@ -126,7 +141,6 @@ impl InnodbSnapshot {
         &self,
         advancing: &mut Advancing,
         base: &Base,
-        round: u32,
         since: u64,
         fresh: Arc<Hold>,
         progress: Progress<'_>,
@@ -136,11 +150,12 @@ impl InnodbSnapshot {
         let mut session = self.shared.server.connect()?;
         let known = tablespaces(&mut session, self.facts.flavor)?;
         let unsettled = &mut advancing.unsettled;
-        let (relisted, _) = self.relist(known, unsettled, base, &fresh, progress)?;
+        let Walked { relisted, .. } = self.relist(&known, unsettled, base, &fresh, progress)?;
+        self.confirm_unwritten(&known)?;
         clock::settle(relisted.newest_whole_second);
         advancing.listed = listed(&fresh, &relisted.base)?;
         let relisted = self.with_patches(&relisted)?;
-        let position = Position { stage: Stage::PageCopy, round };
+        let position = self.state().next_round(Stage::PageCopy);
         tracing::info!(since, redo_from = fresh.checkpoint(), %position, "pages changed");
         advancing.early.note(&relisted.list, &self.classifier)?;
         self.give_out(position, relisted, Some(since));
@@ -169,7 +184,7 @@ impl InnodbSnapshot {
     fn page_round(
         &self,
         hold: &Arc<Hold>,
-        rounds: u32,
+        rounds: usize,
         replaced: Option<u64>,
         progress: Progress<'_>,
     ) -> Result<Option<(u64, Arc<Hold>)>, Failure> {
@@ -180,38 +195,62 @@ impl InnodbSnapshot {
             }
             tracing::info!(lsn, "a tablespace that the redo log deletes is there, by an import");
             let fresh = self.hold_after(lsn, progress)?;
-            self.check_lineage(&fresh, since)?;
+            self.check_fresh(&fresh, since, rounds)?;
             return Ok(Some((since, fresh)));
         }
         match hold.end() {
             Ok(end) if end - since <= self.redo_bound(hold) => Ok(None),
             // What is left is as short as rounds can make it: recovery takes longer.
             Ok(end) if rounds >= PAGE_ROUNDS_MAX && end - since <= self.shared.quota / 2 => {
-                Ok(None)
+                RedoFile::check_size(hold, end).map(|()| None)
             }
             Ok(end) if rounds >= PAGE_ROUNDS_MAX => Err(never_shorter(end - since)),
             Err(failure) if rounds >= PAGE_ROUNDS_MAX => Err(failure),
             _ => {
                 let fresh = Arc::new(self.shared.follower.hold(self.facts.flavor)?);
-                self.check_lineage(&fresh, since)?;
+                self.check_fresh(&fresh, since, rounds)?;
                 let is_worth = hold.is_lost() || fresh.checkpoint() > since;
                 Ok(is_worth.then_some((since, fresh)))
             }
         }
     }
 
+    /// Fails when the server's LSN is behind what it had flushed as it was last asked, what was
+    /// followed of its log, or a page that was read: no crash takes that back, but an older copy of
+    /// its files does.
+    fn check_flushed(&self, session: &mut Session) -> Result<(), Failure> {
+        // Before it is asked: pages may be read, and its log be followed, all the time.
+        let followed = self.state().hold.followed();
+        let known = self.counts.newest.load(Ordering::Relaxed).max(followed);
+        let flushed = flushed(session)?;
+        let before = self.flushed.fetch_max(flushed, Ordering::Relaxed);
+        check_not_behind(flushed, before.max(known))
+    }
+
     /// Fails unless pages from `since` on close the gap up to a fresh checkpoint (R6): the server is
     /// the same one, on the same files, and its LSN has not gone back.
     fn check_lineage(&self, fresh: &Hold, since: u64) -> Result<(), Failure> {
         let mut session = self.shared.server.connect()?;
+        self.check_flushed(&mut session)?;
         self.facts.check_lineage(&Facts::ask(&self.shared.server, &mut session)?)?;
         check_same_server(&mut session, &self.tree, &self.classifier)?;
         check_checkpoint(fresh.checkpoint(), since)
     }
 
+    /// Fails unless another round of pages, after `rounds` of them, leads on: the last one must leave redo
+    /// that one file holds. Before that the checkpoint may lie far back, a later round begins at a newer one.
+    fn check_fresh(&self, fresh: &Hold, since: u64, rounds: usize) -> Result<(), Failure> {
+        self.check_lineage(fresh, since)?;
+        if rounds + 1 < PAGE_ROUNDS_MAX {
+            return Ok(());
+        }
+        RedoFile::check_size(fresh, self.flushed.load(Ordering::Relaxed))
+    }
+
     /// Takes hold of the log from a checkpoint at or after `lsn`.
     fn hold_after(&self, lsn: u64, progress: Progress<'_>) -> Result<Arc<Hold>, Failure> {
-        let deadline = Instant::now() + CHECKPOINT_MAX;
+        let limit = self.shared.checkpoint_timeout;
+        let deadline = Instant::now() + limit;
         let mut looks = 0;
         loop {
             let fresh = self.shared.follower.hold(self.facts.flavor)?;
@@ -224,9 +263,9 @@ impl InnodbSnapshot {
                     "CHECKPOINT_STALLED",
                     format!(
                         "a tablespace was discarded at LSN {lsn} and imported, and the server has \
-                         made no checkpoint after it in {} s (its last is at {}); lower \
-                         innodb_max_dirty_pages_pct, or clone again later",
-                        CHECKPOINT_MAX.as_secs(),
+                         made no checkpoint after it in {limit:?} (its last is at {}); set \
+                         innodb_max_dirty_pages_pct to 0 for a while, clone again later, or raise \
+                         --checkpoint-timeout",
                         fresh.checkpoint()
                     ),
                 ));
@@ -269,6 +308,20 @@ impl InnodbSnapshot {
             growing: relisted.growing,
         })
     }
+}
+
+/// How far the server has flushed its redo log.
+pub(super) fn flushed(session: &mut Session) -> Result<u64, Failure> {
+    let lsn = session.lsn().map_err(|e| e.failure("ask for the log sequence number"))?;
+    Ok(lsn.flushed)
+}
+
+fn check_not_behind(flushed: u64, before: u64) -> Result<(), Failure> {
+    if flushed >= before {
+        return Ok(());
+    }
+    let why = format!("it had flushed its redo log up to LSN {before}, it is at LSN {flushed} now");
+    Err(lost_lineage(why))
 }
 
 fn check_checkpoint(checkpoint: u64, since: u64) -> Result<(), Failure> {

@@ -44,7 +44,7 @@ impl System {
                 Some(format) => Arc::clone(format),
                 None => {
                     let relative = path(&String::from_utf8_lossy(name))?;
-                    let of = TablespaceOf::look(&file, &relative, &shown, 0, flavor)?;
+                    let of = TablespaceOf::look(&file, &relative, &shown, 0, flavor, None)?;
                     let page = of.format.physical_page_size();
                     let mut header = vec![0; page];
                     let offset = 5 * page as u64;

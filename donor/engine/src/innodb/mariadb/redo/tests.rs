@@ -90,6 +90,36 @@ fn deleted_tablespaces_are_told_from_pages_that_are_made_again() {
     assert_eq!(deleted(&[page, vec![FILE_DELETE | 1, 9]], false), []);
 }
 
+/// Guards what tells a page 0 that is not written yet from one that was lost: records of other pages,
+/// of other kinds and of files make none.
+#[test]
+fn tablespaces_whose_first_page_is_made_are_named() {
+    let made = |records: &[Vec<u8>]| {
+        let mut found: Vec<u32> = Vec::new();
+        made_spaces(&records.concat(), &mut |id| found.push(id));
+        found
+    };
+    let init = |space: u32, number: u8| {
+        // As in a record of a file: the id, then here the page's number.
+        let mut bytes = file_record(0, space, "");
+        let last = bytes.len() - 1;
+        bytes[last] = number;
+        bytes[0] |= INIT_PAGE;
+        bytes
+    };
+    for id in [1, 0x7f, 0x80, 0x4080, 0x20_4080, 0x1020_4080] {
+        assert_eq!(made(&[init(id, 0)]), [id]);
+        assert!(made(&[init(id, 1)]).is_empty());
+        // Written, then made: both of the same page.
+        let write = record(0x30, &[&init(id, 0)[1..], &[1, 2]].concat());
+        assert!(made(std::slice::from_ref(&write)).is_empty());
+        assert_eq!(made(&[write, vec![SAME_PAGE | INIT_PAGE | 1, 9]]), [id]);
+    }
+    let named = file_record(FILE_MODIFY, 5, "./a/b.ibd");
+    assert_eq!(made(&[named.clone(), init(5, 0), init(5, 1), init(6, 0)]), [5, 6]);
+    assert!(made(&[named, file_record(FILE_DELETE, 6, "./a/c.ibd")]).is_empty());
+}
+
 #[test]
 fn a_header_is_read_and_made_for_another_start() {
     let parsed = Header::parse(&header(START_OFFSET, false)).unwrap();

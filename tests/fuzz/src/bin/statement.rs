@@ -1,0 +1,3 @@
+#![no_main]
+
+marcot_fuzz::fuzz!(statement);
