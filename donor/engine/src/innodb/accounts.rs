@@ -6,20 +6,19 @@ use std::time::Duration;
 use marcot_common::{connection::Privilege, failure::Failure, login::DatabaseAccounts};
 use tonic::Code;
 
-use super::server::{DatabaseConfig, Server, Session, SqlError, check_privileges};
+use super::server::{DatabaseConfig, Server, Session, SqlError, WAY_NOT_KNOWN, check_privileges};
 
 /// Longest wait for an answer of the server's: a log-in has 20 s.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// How an account may be known by its password alone, as SHOW CREATE USER says it: MariaDB's short
 /// form and its VIA, and MySQL's WITH.
-const BY_PASSWORD: [&str; 6] = [
+const BY_PASSWORD: [&str; 5] = [
     "IDENTIFIED BY PASSWORD '",
     "IDENTIFIED VIA mysql_native_password USING '",
     "IDENTIFIED VIA ed25519 USING '",
     "IDENTIFIED WITH 'mysql_native_password' AS '",
     "IDENTIFIED WITH 'caching_sha2_password' AS ",
-    "IDENTIFIED WITH 'sha256_password' AS ",
 ];
 
 /// The server's accounts.
@@ -88,13 +87,19 @@ fn is_by_password(made: &str) -> bool {
 /// What the server says to a log-in, in the words of the plugin's donor.
 fn refused(user: &str, error: SqlError) -> Failure {
     match error {
-        // The same as for an account of a file, whoever it is.
-        SqlError::Server { code: 1045 | 1698, .. } => Failure::new(
-            Code::Unauthenticated,
-            "ACCESS_DENIED",
-            format!("Access denied for user '{user}'; check user and password"),
-        )
-        .mysql(1045),
+        // The same as for an account of a file, whoever it is. A MySQL asks for any of the ways that its
+        // accounts have where there is no such user, so that nobody can tell.
+        SqlError::Server { code: code @ (1045 | 1698 | WAY_NOT_KNOWN), message } => {
+            if code == WAY_NOT_KNOWN {
+                tracing::warn!(user, why = message, "the database wants another kind of log-in");
+            }
+            Failure::new(
+                Code::Unauthenticated,
+                "ACCESS_DENIED",
+                format!("Access denied for user '{user}'; check user and password"),
+            )
+            .mysql(1045)
+        }
         SqlError::Server { code: code @ (3118 | 4151), message } => {
             Failure::new(Code::Unauthenticated, "ACCOUNT_LOCKED", message).mysql(code.into())
         }
@@ -123,14 +128,16 @@ fn refused(user: &str, error: SqlError) -> Failure {
 }
 
 fn lacks_privilege(user: &str, failure: Failure) -> Failure {
-    if failure.mysql_error != Some(1227) {
-        return failure;
-    }
+    // 1227, or 1142 where it lacks a table, 1370 a function.
+    let number = match failure.mysql_error {
+        Some(number) if failure.reason == "DATABASE_PRIVILEGE_MISSING" => number,
+        _ => return failure,
+    };
     let text = format!(
         "user '{user}' of the donor's database may not be cloned from: {}",
         failure.message.replace("to the donor's account", "to that user")
     );
-    Failure::new(Code::PermissionDenied, "PRIVILEGE_REQUIRED", text).mysql(1227)
+    Failure::new(Code::PermissionDenied, "PRIVILEGE_REQUIRED", text).mysql(number)
 }
 
 #[cfg(test)]

@@ -4,7 +4,12 @@ mod variables;
 
 use std::{fmt, path::PathBuf, time::Duration};
 
-use ::mysql::{Conn, Opts, OptsBuilder, prelude::Queryable as _};
+use ::mysql::{
+    Conn,
+    DriverError::{CleartextPluginDisabled, OldMysqlPasswordDisabled, UnknownAuthPlugin},
+    Opts, OptsBuilder,
+    prelude::Queryable as _,
+};
 use marcot_common::failure::Failure;
 use tonic::Code;
 
@@ -199,6 +204,9 @@ pub(super) enum SqlError {
 /// ER_SERVER_SHUTDOWN, ER_CONNECTION_KILLED.
 const ENDS_CONNECTION: [u16; 2] = [1053, 1927];
 
+/// A way to log in that is not ours, as MySQL's clients number it (CR_AUTH_PLUGIN_CANNOT_LOAD).
+pub(super) const WAY_NOT_KNOWN: u16 = 2059;
+
 impl SqlError {
     fn of(error: ::mysql::Error) -> Self {
         match error {
@@ -206,6 +214,9 @@ impl SqlError {
                 Self::Lost(format!("error {}: {}", e.code, e.message))
             }
             ::mysql::Error::MySqlError(e) => Self::Server { code: e.code, message: e.message },
+            ::mysql::Error::DriverError(
+                e @ (UnknownAuthPlugin(_) | CleartextPluginDisabled | OldMysqlPasswordDisabled),
+            ) => Self::Server { code: WAY_NOT_KNOWN, message: e.to_string() },
             other => Self::Lost(other.to_string()),
         }
     }
