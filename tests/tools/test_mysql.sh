@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Runs the stories of a live MySQL 9.7. Its server comes from Debian sid, into .tools/servers; when
 # sid no longer offers it, target/mysql-not-offered says so, and this fails.
-#
-#   FULL=1        the longer ones too
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,6 +16,5 @@ fi
 ((status == 0)) || exit "$status"
 export PATH=$PWD/.tools/bin:$PATH
 cargo build --locked --workspace --bins
-if [[ -n ${FULL:-} ]]; then set -- --run-ignored all "$@"; fi
 # Each story counts twice (.config/nextest.toml): one for each core.
 cargo nextest run --locked --workspace --test mysql --no-fail-fast --test-threads $((2 * $(nproc))) "$@"

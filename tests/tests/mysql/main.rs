@@ -1,8 +1,7 @@
 //! Clones of live MySQL servers under a write load: the clone starts by the stock server's crash
 //! recovery, holds exactly the transactions up to its coordinates, and catches up as a replica.
 //!
-//! `make test-mysql` runs them; those that are ignored take longer, `make test-mysql FULL=1` runs
-//! them too.
+//! `make test-mysql` runs them.
 
 mod accounts;
 mod faults;

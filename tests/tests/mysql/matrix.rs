@@ -42,7 +42,6 @@ async fn a_small_log_that_is_turned_over_five_times_loses_nothing() {
 
 /// Every page size: pages are found and checked where they are.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "FULL"]
 async fn servers_of_every_page_size_are_cloned() {
     for size in ["4k", "8k", "32k", "64k"] {
         let live =
@@ -55,7 +54,6 @@ async fn servers_of_every_page_size_are_cloned() {
 
 /// DDL goes on until a clone begins, waits while it runs, and goes on after it.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "FULL"]
 async fn ddl_waits_for_a_clone_and_is_in_no_clone_by_half() {
     let live = Live::start(Version::MySql9_7, &[], BYTES);
     let load = Load::start(&live.server, LoadOptions { ddl: true, ..writers() });
@@ -65,7 +63,6 @@ async fn ddl_waits_for_a_clone_and_is_in_no_clone_by_half() {
 
 /// Undo tablespaces that are truncated, and a redo log that is resized, while they are copied.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "FULL"]
 async fn undo_that_is_truncated_and_redo_that_is_resized_lose_nothing() {
     let arguments = [
         "--innodb-max-undo-log-size=10485760",
