@@ -167,3 +167,35 @@ impl FileReader for BinlogReader {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Guards R4 where the server has gone on to another file, and closed this one, before it is read:
+    /// without the flag the clone's server does not look for prepared transactions in it.
+    #[test]
+    fn a_file_that_was_closed_meanwhile_is_in_use_in_the_clone() {
+        let file = tempfile::tempfile().unwrap();
+        let closed = [&MAGIC[..], &[0; 100]].concat();
+        file.write_all_at(&closed, 0).unwrap();
+        let mut reader = BinlogReader(BinlogTail {
+            file: Arc::new(file),
+            length: closed.len() as u64,
+            path: "binlog.000001".to_owned(),
+            index_path: "binlog.index".to_owned(),
+            index: Vec::new(),
+        });
+        let mut expected = closed.clone();
+        expected[21] = IN_USE;
+        // However the parts that are read lie to the flags.
+        for begin in 0..expected.len() {
+            let mut read = vec![0; expected.len() - begin];
+            reader.read_exact_at(&mut read, begin as u64).unwrap();
+            assert_eq!(read, expected[begin..], "from {begin} on");
+        }
+        let mut before = [0; 21];
+        reader.read_exact_at(&mut before, 0).unwrap();
+        assert_eq!(before, closed[..21]);
+    }
+}
