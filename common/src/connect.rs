@@ -516,7 +516,8 @@ async fn probe(options: &ConnectOptions, channel: Channel, seen: &Seen) -> Resul
     if speaks_grpc {
         return Ok(());
     }
-    match peer::describe_if_known(&seen.bytes()) {
+    let seen = Some(seen.bytes()).filter(|seen| !peer::is_http2(seen));
+    match seen.and_then(|seen| peer::describe_if_known(&seen)) {
         Some(what) => Err(unreachable(2013, format!("{} {what}", options.name()))),
         None => Err(not_opened(options, &chain(&status))),
     }

@@ -2,6 +2,10 @@
 
 use std::{
     fs::File,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixListener},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -11,7 +15,6 @@ use std::{
 };
 
 use ::mysql::{Conn, OptsBuilder, prelude::Queryable as _};
-use rustix::fs::{FlockOperation, flock};
 
 use crate::{mariadb, mysql, wait_for};
 
@@ -161,10 +164,9 @@ pub fn free_port() -> u16 {
         let port = FIRST + std::process::id().wrapping_mul(61).wrapping_add(number * 7) % COUNT;
         let port = u16::try_from(port).expect("below 32768");
         // Kept for this process's life: others look while this one's server is down.
-        let held = File::create(std::env::temp_dir().join(format!("marcot-port-{port}")));
-        let held = held.expect("a writable directory");
-        let is_ours = flock(&held, FlockOperation::NonBlockingLockExclusive).is_ok();
-        if is_ours && std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let name = SocketAddr::from_abstract_name(format!("marcot-port-{port}")).expect("short");
+        let Ok(held) = UnixListener::bind_addr(&name) else { continue };
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
             PORTS.lock().expect("no holder panics").push(held);
             return port;
         }
@@ -266,8 +268,8 @@ pub fn sequence(version: Version, count: u64) -> String {
 /// Makes each socket's name another one.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
-/// Ports that this process has.
-static PORTS: Mutex<Vec<File>> = Mutex::new(Vec::new());
+/// Names of the ports that this process has.
+static PORTS: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
 
 impl Database {
     /// Starts a server and waits until it answers. Its socket and log go to `home`.

@@ -289,6 +289,8 @@ fn is_no_guess(failure: &Failure) -> bool {
         "ACCOUNT_LOCKED",
         "ACCOUNT_WITHOUT_PASSWORD",
         "BUG",
+        "DATABASE_ERROR",
+        "DATABASE_LOST",
         "DATABASE_UNREACHABLE",
         "PASSWORD_EXPIRED",
         "PRIVILEGE_REQUIRED",

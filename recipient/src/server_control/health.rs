@@ -126,7 +126,9 @@ impl HealthCheck {
 }
 
 fn is_answer(failure: &Failure) -> bool {
-    failure.reason != "DATABASE_UNREACHABLE" && failure.reason != "DATABASE_LOST"
+    // One that has too many connections is up.
+    matches!(failure.mysql_error, Some(1040 | 1203 | 1226))
+        || failure.reason != "DATABASE_UNREACHABLE" && failure.reason != "DATABASE_LOST"
 }
 
 /// Schemas that have a directory, those with names that are written as they are.

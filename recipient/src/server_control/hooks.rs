@@ -29,6 +29,10 @@ const STANDS_AFTER: Duration = Duration::from_secs(3);
 /// manager does.
 const GONE_AFTER: Duration = Duration::from_secs(15);
 
+/// As long for one that nobody has seen by its locks: it begins its log before it has the memory that it
+/// asks for, which may take long, and takes them after that.
+const NOT_SEEN_AFTER: Duration = Duration::from_secs(60);
+
 /// Bytes of a command's output that its error tells.
 const OUTPUT_BYTES_MAX: u64 = 2000;
 
@@ -56,6 +60,7 @@ pub struct Hooks {
 #[derive(Debug, Default)]
 struct Presence {
     was_there: bool,
+    has_begun: bool,
     missed_since: Option<Instant>,
 }
 
@@ -83,22 +88,23 @@ impl Hooks {
         let is_there = server_on(&self.data_directory).is_some();
         let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
         if is_there {
-            *presence = Presence { was_there: true, missed_since: None };
+            *presence = Presence { was_there: true, ..Presence::default() };
             return None;
         }
         // One that ends soon after its start may be seen in its log alone.
-        presence.was_there |= self.output.has_begun();
-        if !presence.was_there {
+        presence.has_begun |= presence.was_there || self.output.has_begun();
+        if !presence.has_begun {
             return None;
         }
+        let limit = if presence.was_there { GONE_AFTER } else { NOT_SEEN_AFTER };
         let missed = presence.missed_since.get_or_insert_with(Instant::now).elapsed();
-        (missed >= GONE_AFTER).then(|| {
+        (missed >= limit).then(|| {
             Failure::precondition(
                 "SERVER_NOT_HEALTHY",
                 format!(
                     "the server on {} has ended, and no other one has come for {} s",
                     self.data_directory.display(),
-                    GONE_AFTER.as_secs()
+                    limit.as_secs()
                 ),
             )
         })
@@ -199,6 +205,14 @@ impl ServerControl for Hooks {
         }
         *self.stopping() = None;
         Ok(())
+    }
+
+    async fn give_up(&self) -> Result<(), Failure> {
+        if server_on(&self.data_directory).is_none() {
+            // Whoever runs it may be about to start it again. One that is stopped may refuse this.
+            drop(self.run(&self.stop_command, FirstStart::No).await);
+        }
+        self.stop().await
     }
 
     async fn start(&self, first: FirstStart) -> Result<(), Failure> {

@@ -68,6 +68,8 @@ struct State {
     partial: Vec<u8>,
     /// Where the error log ended when the server was started.
     log_begin: u64,
+    /// Whether it was, by this process.
+    has_started: bool,
     logged: Logged,
 }
 
@@ -80,7 +82,8 @@ impl Output {
     pub(crate) fn begin(&self) {
         let metadata = self.error_log.as_ref().and_then(|path| path.metadata().ok());
         let mut state = self.lock();
-        *state = State { log_begin: metadata.map_or(0, |m| m.len()), ..State::default() };
+        let log_begin = metadata.map_or(0, |m| m.len());
+        *state = State { log_begin, has_started: true, ..State::default() };
     }
 
     /// Passes on all that comes, to standard error, and keeps lines.
@@ -123,9 +126,15 @@ impl Output {
         }
     }
 
-    /// Whether its log says that it has begun to start.
+    /// Whether its log says that it has begun to start since this process has started it, be it that it
+    /// has ended again.
     pub(crate) fn has_begun(&self) -> bool {
-        self.logged() != Logged::Nothing
+        let (begin, has_started) = {
+            let state = self.lock();
+            (state.log_begin, state.has_started)
+        };
+        let lines = self.read_log(|end| if begin > end { 0 } else { begin }, START_BYTES_MAX);
+        has_started && lines.iter().any(|line| Logged::Nothing.after(line) != Logged::Nothing)
     }
 
     /// The last lines that the server has marked as errors; without any, its last line.
@@ -133,7 +142,7 @@ impl Output {
     pub fn error_lines(&self) -> Vec<String> {
         let state = self.lock();
         let mut lines: Vec<String> = state.lines.iter().cloned().collect();
-        let begin = state.log_begin;
+        let (begin, has_started) = (state.log_begin, state.has_started);
         // A log that is shorter than it was has been rotated.
         let tail = |end: u64| {
             let begin = if begin > end { 0 } else { begin };
@@ -141,6 +150,11 @@ impl Output {
         };
         lines.extend(self.read_log(tail, LOG_BYTES_MAX));
         drop(state);
+        // Of a server that an earlier process has started: its last start.
+        let is_start = |line: &String| Logged::Nothing.after(line) == Logged::Starting;
+        if !has_started && let Some(at) = lines.iter().rposition(is_start) {
+            lines.drain(..at);
+        }
         let errors: Vec<String> =
             lines.iter().filter(|line| line.contains("[ERROR]")).cloned().collect();
         let told =
@@ -233,6 +247,27 @@ mod tests {
         }
         output.begin();
         assert_eq!(output.logged(), Logged::Nothing);
+    }
+
+    /// Guards the server that an earlier process has started: what it says of its last start is told, and
+    /// not what it had said of others; and no old log shows that a server is there. Of one that this process
+    /// has started it does, also where that has ended in order.
+    #[test]
+    fn of_a_server_that_was_started_before_the_last_start_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("error.log");
+        let start = "[Note] x starting as process 1\n[ERROR] of it\n";
+        let end = "[ERROR] Aborting\n[Note] x: Shutdown complete\n";
+        std::fs::write(&path, format!("[ERROR] older\n{start}")).unwrap();
+        let output = Output::new(Some(path.clone()));
+        assert_eq!(output.error_lines(), ["[ERROR] of it"]);
+        assert!(!output.has_begun());
+        output.begin();
+        assert!(output.error_lines().is_empty() && !output.has_begun());
+        let mut file = File::options().append(true).open(&path).unwrap();
+        file.write_all(format!("{start}{end}").as_bytes()).unwrap();
+        assert_eq!((output.logged(), output.has_begun()), (Logged::Nothing, true));
+        assert_eq!(output.error_lines(), ["[ERROR] of it", "[ERROR] Aborting"]);
     }
 
     #[test]

@@ -188,6 +188,7 @@ async fn the_end_of_the_donors_log_has_the_name_of_the_recipients() {
     let index = std::fs::read_to_string(data.join("mine.index")).expect("an index");
     assert!(&*file > "mine.000003" && index.starts_with(&format!("./{file}\n")), "{index}");
     assert!(!data.join("bin.index").exists(), "the donor's name");
+    assert!(!data.join("mine.000001").exists(), "what an earlier setting of the donor's has left");
 }
 
 /// Guards R9: a server whose binary log is outside its data directory would go on, on the clone, with

@@ -50,6 +50,9 @@ impl Site {
         user("locked", "IDENTIFIED BY 'secret' ACCOUNT LOCK", ALL);
         user("expired", "IDENTIFIED BY 'secret' PASSWORD EXPIRE", ALL);
         user("open", "", ALL);
+        let ways = "ed25519 USING PASSWORD('secret') OR mysql_native_password USING \
+                    PASSWORD('secret')";
+        user("twofold", &format!("IDENTIFIED VIA {ways}"), ALL);
         // The donor and the server run as this user here, as in a pod.
         let socket = format!("unix_socket AS '{}'", system_user());
         user("root2", &format!("IDENTIFIED VIA {socket}"), ALL);
@@ -113,6 +116,8 @@ async fn users_of_the_database_clone_by_their_grants_and_are_refused_by_the_serv
             ("either", "secret", "ACCOUNT_WITHOUT_PASSWORD", "1045"),
             ("nobody", "secret", "ACCESS_DENIED", "1045"),
             ("edward", "wrong", "ACCESS_DENIED", "1045"),
+            // The server asks for the other way then, which is no sign of a server that is away.
+            ("twofold", "wrong", "ACCESS_DENIED", "1045"),
         ];
         // The second time without the last ones: ten wrong passwords make a guesser.
         for (clause, rows) in [("REQUIRE SSL", &rows[..]), ("REQUIRE NO SSL", &rows[..6])] {

@@ -6,7 +6,9 @@ use std::time::Duration;
 use marcot_common::{connection::Privilege, failure::Failure, login::DatabaseAccounts};
 use tonic::Code;
 
-use super::server::{DatabaseConfig, Server, Session, SqlError, WAY_NOT_KNOWN, check_privileges};
+use super::server::{
+    DatabaseConfig, NOT_NOW, Server, Session, SqlError, WAY_NOT_KNOWN, check_privileges,
+};
 
 /// Longest wait for an answer of the server's: a log-in has 20 s.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -89,8 +91,9 @@ fn refused(user: &str, error: SqlError) -> Failure {
     match error {
         // The same as for an account of a file, whoever it is. A MySQL asks for any of the ways that its
         // accounts have where there is no such user, so that nobody can tell.
-        SqlError::Server { code: code @ (1045 | 1698 | WAY_NOT_KNOWN), message } => {
-            if code == WAY_NOT_KNOWN {
+        SqlError::Server { code: code @ (1045 | 1524 | 1698 | WAY_NOT_KNOWN), message } => {
+            // 1524: a way that the server does not know any more.
+            if matches!(code, 1524 | WAY_NOT_KNOWN) {
                 tracing::warn!(user, why = message, "the database wants another kind of log-in");
             }
             Failure::new(
@@ -100,6 +103,12 @@ fn refused(user: &str, error: SqlError) -> Failure {
             )
             .mysql(1045)
         }
+        SqlError::Server { code, message } if NOT_NOW.contains(&code) => Failure::new(
+            Code::Unavailable,
+            "DATABASE_UNREACHABLE",
+            format!("the donor's database takes no connection now: error {code}: {message}"),
+        )
+        .mysql(code.into()),
         SqlError::Server { code: code @ (3118 | 4151), message } => {
             Failure::new(Code::Unauthenticated, "ACCOUNT_LOCKED", message).mysql(code.into())
         }

@@ -6,7 +6,9 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use ::mysql::{
     Conn,
-    DriverError::{CleartextPluginDisabled, OldMysqlPasswordDisabled, UnknownAuthPlugin},
+    DriverError::{
+        CleartextPluginDisabled, OldMysqlPasswordDisabled, UnexpectedPacket, UnknownAuthPlugin,
+    },
     Opts, OptsBuilder,
     prelude::Queryable as _,
 };
@@ -133,7 +135,14 @@ impl Server {
             .user(Some(user))
             .pass(Some(password))
             .read_timeout(Some(answer_max));
-        let conn = Conn::new(opts).map_err(SqlError::of)?;
+        let conn = Conn::new(opts).map_err(|error| match error {
+            // The password was wrong for the first of an account's ways, and the server asks for the next.
+            ::mysql::Error::DriverError(UnexpectedPacket) => {
+                let message = "the account has more than one way to log in".to_owned();
+                SqlError::Server { code: WAY_NOT_KNOWN, message }
+            }
+            error => SqlError::of(error),
+        })?;
         Ok(Session { conn, shown: self.shown.clone() })
     }
 
@@ -149,6 +158,27 @@ impl Server {
 
     fn unreachable(&self, error: &::mysql::Error) -> Failure {
         match error {
+            ::mysql::Error::MySqlError(e) if NOT_NOW.contains(&e.code) => Failure::new(
+                Code::Unavailable,
+                "DATABASE_UNREACHABLE",
+                format!(
+                    "the database at {} takes no connection now: error {}: {}",
+                    self.shown, e.code, e.message
+                ),
+            )
+            .mysql(e.code.into())
+            .retry_after(Duration::from_secs(10)),
+            ::mysql::Error::DriverError(
+                e @ (UnknownAuthPlugin(_) | CleartextPluginDisabled | OldMysqlPasswordDisabled),
+            ) => Failure::precondition(
+                "DATABASE_ACCESS_DENIED",
+                format!(
+                    "log in to the database at {}: {e}; check --database-user, whose account must be \
+                     known by mysql_native_password, ed25519 or caching_sha2_password",
+                    self.shown
+                ),
+            )
+            .mysql(1045),
             ::mysql::Error::MySqlError(e) => Failure::precondition(
                 "DATABASE_ACCESS_DENIED",
                 format!(
@@ -203,6 +233,10 @@ pub(super) enum SqlError {
 /// What a server that is being shut down, or an operator's KILL, answers before it hangs up:
 /// ER_SERVER_SHUTDOWN, ER_CONNECTION_KILLED.
 const ENDS_CONNECTION: [u16; 2] = [1053, 1927];
+
+/// What a server answers that takes no connection just now: too many of all or of this user
+/// (ER_CON_COUNT_ERROR, ER_TOO_MANY_USER_CONNECTIONS, ER_USER_LIMIT_REACHED), or on its way down.
+pub(super) const NOT_NOW: [u16; 5] = [1040, 1053, 1203, 1226, 1927];
 
 /// A way to log in that is not ours, as MySQL's clients number it (CR_AUTH_PLUGIN_CANNOT_LOAD).
 pub(super) const WAY_NOT_KNOWN: u16 = 2059;

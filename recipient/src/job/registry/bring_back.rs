@@ -61,7 +61,8 @@ impl Clones {
                 if tried.is_ok() {
                     // A stop of one that is still starting comes to nothing, or hangs it for good.
                     let goes_on = clones.lock().interrupted.is_some();
-                    if goes_on && let Err(failure) = clones.control.wait_open().await {
+                    let open = clones.leaving.run_until_cancelled(clones.control.wait_open());
+                    if goes_on && let Some(Err(failure)) = open.await {
                         warn!(error = %failure, "the server that was started again does not answer yet");
                     }
                     // A copy would keep the place from the next tries.

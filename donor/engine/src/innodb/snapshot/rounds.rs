@@ -64,6 +64,7 @@ impl InnodbSnapshot {
         let deleted = hold.deleted(None).unwrap_or_default();
         let known = tablespaces(&mut session, self.facts.flavor)?;
         self.check_flushed(&mut session)?;
+        drop(session);
         let Walked { relisted, late, .. } =
             self.relist(&known, &mut advancing.unsettled, &base, &hold, progress)?;
         self.confirm_unwritten(&known)?;
@@ -149,6 +150,7 @@ impl InnodbSnapshot {
         // the clone, and must lie within its listed size.
         let mut session = self.shared.server.connect()?;
         let known = tablespaces(&mut session, self.facts.flavor)?;
+        drop(session);
         let unsettled = &mut advancing.unsettled;
         let Walked { relisted, .. } = self.relist(&known, unsettled, base, &fresh, progress)?;
         self.confirm_unwritten(&known)?;
@@ -220,8 +222,8 @@ impl InnodbSnapshot {
     /// its files does.
     fn check_flushed(&self, session: &mut Session) -> Result<(), Failure> {
         // Before it is asked: pages may be read, and its log be followed, all the time.
-        let followed = self.state().hold.followed();
-        let known = self.counts.newest.load(Ordering::Relaxed).max(followed);
+        let hold = Arc::clone(&self.state().hold);
+        let known = self.counts.newest.load(Ordering::Relaxed).max(hold.followed());
         let flushed = flushed(session)?;
         let before = self.flushed.fetch_max(flushed, Ordering::Relaxed);
         check_not_behind(flushed, before.max(known))
